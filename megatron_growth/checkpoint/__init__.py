@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints through a plan: torch and its distributed checkpoint, never Megatron."""

@@ -1,0 +1,146 @@
+"""The grown checkpoint as a torch DCP storage reader: growth happens while a loader reads.
+
+    state = {"decoder.layers.mlp.router.weight": torch.empty(8, 8, 64)}
+    torch.distributed.checkpoint.load(state, storage_reader=GrowthStorageReader("base/iter_0001000", growth))
+
+Any DCP loader works, Megatron's above all: it sees the metadata of the grown model, plans its reads for whatever
+layout it runs, and hands them to `read_data`. There each read is resolved to boxes of the base, and the base's chunks
+are read through the base's own reader, each once, however many target slices it feeds.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from megatron_growth.checkpoint.common_state import grown_common_state
+from megatron_growth.checkpoint.fanout import read_tensors
+from megatron_growth.checkpoint.source import COMMON_OBJECT, SourceCheckpoint
+from megatron_growth.checkpoint.view import GrownView
+from megatron_growth.config import GrowthConfig
+from megatron_growth.errors import CheckpointError
+from megatron_growth.planning.build import build_plan
+from megatron_growth.planning.plan import GrowthPlan
+
+
+class GrowthStorageReader(StorageReader):
+    """Presents the grown model of a base checkpoint.
+
+    Args:
+        checkpoint_dir: the base, an `iter_*` directory; opened read-only.
+        growth: what to grow, or a plan already made for this base.
+        base: DCP reader to read the base through; torch's `FileSystemReader` by default.
+
+    Raises:
+        CheckpointError: the base is missing, incomplete or of a format that cannot be grown.
+        PlanError: it cannot grow that way.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: str | os.PathLike[str],
+        growth: GrowthConfig | GrowthPlan,
+        base: StorageReader | None = None,
+    ) -> None:
+        super().__init__()
+        self.source = SourceCheckpoint(Path(checkpoint_dir), base)
+        self.plan = growth if isinstance(growth, GrowthPlan) else plan_for(self.source, growth)
+        self.view = GrownView(self.source, self.plan)
+
+    # -- StorageReader -------------------------------------------------------------------------------------
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None and Path(checkpoint_id) != self.source.directory:
+            raise CheckpointError(
+                f"this reader is of {str(self.source.directory)!r}, not {str(checkpoint_id)!r}; make another one"
+            )
+
+    @property
+    def checkpoint_id(self) -> str | os.PathLike[str]:
+        return self.source.directory
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return Path(checkpoint_id, ".metadata").exists()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Metadata of the grown model; a new copy of the mapping each time, for the planner may replace entries."""
+        grown = self.view.metadata
+        return Metadata(dict(grown.state_dict_metadata), dict(grown.planner_data), {}, grown.storage_meta)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """The base's reader needs the base's metadata, not the grown one that the planner saw."""
+        self.source.reader.set_up_storage_reader(self.source.metadata, is_coordinator)
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill what the planner asks for."""
+        read_tensors(self.view, [item for item in plan.items if item.type == LoadItemType.TENSOR], planner)
+        self._read_objects([item for item in plan.items if item.type == LoadItemType.BYTE_IO], planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    # -- objects -------------------------------------------------------------------------------------------
+
+    def _read_objects(self, items: Iterable[ReadItem], planner: LoadPlanner) -> None:
+        wanted: dict[str, list[ReadItem]] = {}
+        for item in items:
+            wanted.setdefault(self.view.objects[item.storage_index.fqn], []).append(item)
+        if not wanted:
+            return
+
+        def deliver(source: str, content: bytes) -> None:
+            if source == COMMON_OBJECT:
+                content = self._common_state()
+            for item in wanted[source]:
+                planner.load_bytes(item, io.BytesIO(content))
+
+        requests = [_object_request(source) for source in wanted]
+        self.source.reader.read_data(LoadPlan(requests), _ObjectPlanner(deliver)).wait()
+
+    def _common_state(self) -> bytes:
+        """The common state of the grown model, as the base's saver wrote it: one in a list."""
+        buffer = io.BytesIO()
+        torch.save([grown_common_state(self.source.common_state or {}, self.plan)], buffer)
+        return buffer.getvalue()
+
+
+def plan_for(source: SourceCheckpoint, growth: GrowthConfig) -> GrowthPlan:
+    """The plan that grows `source` as `growth` says, in the source's key form."""
+    return build_plan(growth, source.architecture, masters=source.masters)
+
+
+def _object_request(source: str) -> ReadItem:
+    empty = torch.Size((0,))
+    index = MetadataIndex(source)
+    return ReadItem(LoadItemType.BYTE_IO, index, empty, index, empty, empty)
+
+
+class _ObjectPlanner(LoadPlanner):
+    """Receives the base's objects."""
+
+    def __init__(self, deliver: Callable[[str, bytes], None]) -> None:
+        self._deliver = deliver
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self._deliver(read_item.storage_index.fqn, value.getvalue())
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
+    def create_local_plan(self) -> LoadPlan: ...  # type: ignore[empty-body]
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]: ...  # type: ignore[empty-body]
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan: ...  # type: ignore[empty-body]
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor: ...  # type: ignore[empty-body]
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...

@@ -1,0 +1,189 @@
+"""The configuration file: a `base` to grow and the `growth` to apply.
+
+    base: {load: checkpoints/moe-17b, iteration: latest}
+    growth:
+      depth: {method: interposition, factor: 2}
+      width: {factor: 2, noise: {experts: 0.01, router: 0.01}}
+      optimizer: rescale
+      seed: 1234
+
+An unknown key is an error that names the nearest known one. `GrowthConfig` alone is what the library takes.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_growth.errors import ConfigError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DepthConfig(_Strict):
+    """Depth growth: more layers, each a copy of one of the base's."""
+
+    method: Literal["interposition", "stacking", "map"] = "interposition"
+    """How layers are placed: `interposition` duplicates each in place (arXiv:2510.08008, the method),
+    `stacking` repeats the whole block (the paper's baseline), `map` takes your own list."""
+
+    factor: Annotated[int, Field(ge=2)] | None = None
+    """Copies of each layer that is not skipped, the original counted; 2 when neither this nor `target_layers` is given."""
+
+    target_layers: Annotated[int, Field(ge=1)] | None = None
+    """Layers of the grown model, instead of `factor`; copies are spread evenly."""
+
+    map: list[int] | None = None
+    """For `method: map`: entry t is the source layer of target layer t, both counted from 0."""
+
+    skip_first: Annotated[int, Field(ge=0)] = 0
+    """First layers left single; the paper's text uses 0, its released launcher 2."""
+
+    skip_last: Annotated[int, Field(ge=0)] = 0
+    """Last layers left single."""
+
+    new_layer_init: Literal["copy", "zero_output"] = "copy"
+    """`copy` as in the paper; `zero_output` zeroes the copies' projections into the residual stream, so that the
+    grown model computes exactly what the base does."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "DepthConfig":
+        if self.method == "map":
+            given = [name for name in ("factor", "target_layers") if getattr(self, name)]
+            given += [name for name in ("skip_first", "skip_last") if getattr(self, name)]
+            if self.map is None or given:
+                raise ValueError(
+                    f"method 'map' takes its layers from `map` alone, got {', '.join(given) or 'no map'}; "
+                    "give `map` and nothing else that sets the size"
+                )
+        elif self.map is not None:
+            raise ValueError(f"`map` goes with method 'map', not {self.method!r}; set method or drop `map`")
+        elif self.factor is not None and self.target_layers is not None:
+            raise ValueError(
+                f"factor ({self.factor}) and target_layers ({self.target_layers}) both set the size; give one"
+            )
+        return self
+
+
+class NoiseConfig(_Strict):
+    """Noise on clones: N(0, (alpha * sigma)^2), sigma the standard deviation of the original tensor."""
+
+    experts: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """alpha for expert weights; sigma over one projection of one expert. 0.01 is the paper's."""
+
+    router: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """alpha for router rows; sigma over the layer's router matrix. 0.01 is the paper's."""
+
+
+class WidthConfig(_Strict):
+    """Width growth: each expert, and its router row, becomes `factor` clones."""
+
+    factor: Annotated[int, Field(ge=2)] = 2
+    """Clones of each expert, the original counted."""
+
+    top_k: Literal["scale", "keep"] = "scale"
+    """`scale` multiplies top-k with the experts, as the paper does; `keep` leaves it, which changes the function."""
+
+    order: Literal["auto", "interleave", "append"] = "auto"
+    """Where clones stand: `interleave` beside the original, on its expert-parallel rank; `append` after all
+    originals, as the paper's released code; `auto` is `interleave` wherever that keeps the function."""
+
+    noise: NoiseConfig = NoiseConfig()
+    """Noise scales."""
+
+
+class GrowthConfig(_Strict):
+    """What to grow; `depth`, `width` or both."""
+
+    depth: DepthConfig | None = None
+    """Depth growth, none by default."""
+
+    width: WidthConfig | None = None
+    """Width growth, none by default."""
+
+    optimizer: Literal["rescale", "copy", "reset"] = "rescale"
+    """What becomes of Adam's moments: `rescale` as the split gradient asks, `copy` as they are, `reset` drops
+    them and the masters with them: weights only."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    """Seed of the noise; nothing else is random."""
+
+    @model_validator(mode="after")
+    def _something_grows(self) -> "GrowthConfig":
+        if self.depth is None and self.width is None:
+            raise ValueError("neither `depth` nor `width` is given, so nothing would grow; give one of them")
+        return self
+
+
+class BaseConfig(_Strict):
+    """The source checkpoint."""
+
+    load: Path | None = None
+    """Megatron checkpoint directory, the one that holds `latest_checkpointed_iteration.txt`; `--load` overrides it."""
+
+    iteration: Annotated[int, Field(ge=0)] | Literal["latest"] = "latest"
+    """Which iteration of it."""
+
+
+class ExperimentConfig(_Strict):
+    """A configuration file."""
+
+    base: BaseConfig = BaseConfig()
+    """What is grown."""
+
+    growth: GrowthConfig
+    """How it is grown."""
+
+
+def load_config(path: str | Path) -> ExperimentConfig:
+    """Read a configuration file.
+
+    Raises:
+        ConfigError: it is missing, not YAML, or not a configuration; one line for the first thing wrong.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {str(path)!r} cannot be read: {error}; give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"configuration {str(path)!r} holds {type(content).__name__}, not a mapping; "
+            "it needs a `growth:` section, see configs/"
+        )
+    try:
+        return ExperimentConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, ExperimentConfig)}") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first thing that pydantic found wrong, as one line: where, what, why, and the nearest known key."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(first["input"], dict) else f" {first['input']!r}"
+    return f"{where or 'configuration'}{shown}: {message}"
+
+
+def _is_union_tag(part: object) -> bool:
+    """Pydantic puts the tried member of a union into an error's location."""
+    return isinstance(part, str) and (part.startswith(("literal[", "constrained-")) or part in ("int", "str"))
+
+
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        members = getattr(annotation, "__args__", (annotation,))
+        model = next(m for m in members if isinstance(m, type) and issubclass(m, BaseModel))
+    return list(model.model_fields)

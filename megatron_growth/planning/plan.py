@@ -1,0 +1,363 @@
+"""A growth plan: for any box of any target tensor, which box of which source tensor makes it, and how.
+
+The plan is a frozen value. It reads nothing and writes nothing; the reader, the writers and the launcher apply it.
+Its heart is `GrowthPlan.resolve`. Where does a number in a grown checkpoint come from? Ask
+
+    plan.resolve("decoder.layers.mlp.experts.experts.linear_fc1.weight", shape, Box((5, 3, 0, 0), (1, 1, 64, 64)))
+
+and get pieces, each with a source key, a source box, and a transform:
+
+    Copy        the source's bits
+    Noise       source + N(0, (alpha * sigma)^2), a noisy clone (arXiv:2510.08008, section 3.2)
+    Divide      source / m or source / m^2, a moment whose gradient was split over m clones
+    Zero        nothing: a residual output of a `zero_output` copy
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Literal
+
+from megatron_growth.errors import PlanError
+from megatron_growth.planning.experts import ExpertMap
+from megatron_growth.planning.keys import Key, KeyForm, NoiseKind, ObjectKey, parse
+from megatron_growth.planning.layers import LayerMap
+
+OptimizerRule = Literal["rescale", "copy", "reset"]
+Shape = tuple[int, ...]
+
+PLAN_VERSION = 1
+# exp_avg is linear in the gradient, exp_avg_sq quadratic: the power of m that `rescale` divides each by.
+MOMENT_POWER = {"exp_avg": 1, "exp_avg_sq": 2}
+MASTER_STATES = ("param", "fp32_param")  # distributed optimizer; plain mixed-precision optimizer
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of a tensor: `offsets` and `sizes`, one entry for each axis."""
+
+    offsets: Shape
+    sizes: Shape
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    def intersect(self, other: "Box") -> "Box | None":
+        """What both cover, or None."""
+        low = tuple(map(max, self.offsets, other.offsets))
+        high = tuple(
+            min(a + n, b + m)
+            for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+        if any(end <= start for start, end in zip(low, high, strict=True)):
+            return None
+        return Box(low, tuple(end - start for start, end in zip(low, high, strict=True)))
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The source's bits."""
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Zeros."""
+
+
+@dataclass(frozen=True)
+class Divide:
+    """source / by, in fp32."""
+
+    by: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a clone's noise is a function of, with the element's index in its (layer, expert) tensor.
+
+    Attributes:
+        seed: the plan's seed.
+        tensor: the logical tensor, see `Key.tensor`.
+        layer: target decoder layer, None for a tensor of an MTP module.
+        expert: target expert.
+    """
+
+    seed: int
+    tensor: str
+    layer: int | None
+    expert: int
+
+
+@dataclass(frozen=True)
+class Noise:
+    """source + N(0, (alpha * sigma)^2).
+
+    Attributes:
+        alpha: noise scale, in units of sigma.
+        stream: which noise.
+        scope: box of the source tensor over which sigma, the standard deviation, is taken: one projection of one
+            expert, or the router matrix of one layer.
+        lead: leading axes of the source tensor, layer and expert, that the stream names; noise goes by the element's
+            index in the axes behind them.
+    """
+
+    alpha: float
+    stream: Stream
+    scope: Box
+    lead: int
+
+
+Transform = Copy | Zero | Divide | Noise
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a target tensor and what makes it.
+
+    Attributes:
+        target: where it lies in the target tensor.
+        source_key: checkpoint key of the source tensor.
+        source: where its source lies in that tensor; as many elements as `target`, in the same order. Its rank is
+            one less or more than the target's where only one of the two stacks its layers.
+        transform: how the one becomes the other.
+    """
+
+    target: Box
+    source_key: str
+    source: Box
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What growth must know of a model.
+
+    Attributes:
+        num_layers: decoder layers.
+        num_experts: experts of a MoE layer; 0 for a dense model.
+        top_k: experts that each token is sent to; None where the checkpoint does not say.
+        key_form: whether its checkpoint stacks layers.
+    """
+
+    num_layers: int
+    num_experts: int
+    top_k: int | None
+    key_form: KeyForm
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """Noise scales alpha, in units of the source's standard deviation; 0 copies."""
+
+    experts: float
+    router: float
+
+    def of(self, kind: NoiseKind) -> float:
+        return self.experts if kind == "experts" else self.router
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """Depth and width growth of one source architecture.
+
+    Attributes:
+        source: the base model.
+        target: the grown model. Its key form may differ from the source's: the view serves either.
+        layers: depth, target layer -> source layer.
+        experts: width, target expert -> source expert; the identity where only depth grows.
+        zero_output: whether depth copies start with zero residual outputs, which keeps the function.
+        noise: scales of the noise on clones.
+        optimizer: what becomes of Adam's moments.
+        masters: optimizer state that holds fp32 masters (`param` or `fp32_param`), from which noisy clones of the
+            model's weights are then made; None where the base has none or they are not trusted (`reset`).
+        seed: of the noise.
+    """
+
+    source: Architecture
+    target: Architecture
+    layers: LayerMap
+    experts: ExpertMap
+    zero_output: bool
+    noise: NoiseScale
+    optimizer: OptimizerRule
+    masters: str | None
+    seed: int
+
+    # -- target names and shapes ---------------------------------------------------------------------------
+
+    def target_tensors(self, key: Key, shape: Shape) -> Iterator[tuple[Key, Shape]]:
+        """The target tensors that source tensor `key` of global shape `shape` becomes."""
+        lead, rest = self._split(key, shape, self.source)
+        if key.rule.expert_axis:
+            rest = (rest[0] * self.experts.factor, *rest[1:])
+        if key.place != "decoder":
+            yield key, rest
+        elif self.target.key_form == "stacked":
+            yield key.at(None), (self.target.num_layers, *rest)
+        else:
+            for layer in lead:
+                for target in self.layers.targets[layer]:
+                    yield key.at(target), rest
+
+    def target_objects(self, source: ObjectKey) -> Iterator[ObjectKey]:
+        """The target objects that the pickled object `source` becomes."""
+        key, position, grid = source.key, source.position, source.grid
+        if key.place == "outside" or not position:
+            yield source
+            return
+        layers: tuple[int | None, ...] = (None,)
+        if key.place == "decoder":
+            layer = position[0] if key.is_stacked else key.layer
+            assert layer is not None
+            layers = self.layers.targets[layer]
+            if key.is_stacked:
+                position, grid = position[1:], grid[1:]
+        experts = [position]
+        if key.rule.expert_axis:
+            self._check_experts(key, grid[0])
+            grid = (grid[0] * self.experts.factor, *grid[1:])
+            experts = [(e, *position[1:]) for e in self.experts.targets(position[0])]
+        for target, place in product(layers, experts):
+            if target is None:
+                yield ObjectKey(key, place, grid)
+            elif self.target.key_form == "stacked":
+                yield ObjectKey(key.at(None), (target, *place), (self.target.num_layers, *grid))
+            else:
+                yield ObjectKey(key.at(target), place or (0,), grid or (1,))
+
+    # -- where a box comes from ----------------------------------------------------------------------------
+
+    def resolve(self, key: str, shape: Sequence[int], box: Box) -> tuple[Piece, ...]:
+        """Which source boxes and transforms make `box` of the target tensor `key`.
+
+        Args:
+            key: checkpoint key of a target tensor.
+            shape: its global shape in the grown model.
+            box: the part asked for.
+
+        Returns:
+            Pieces that tile `box`, one for each (layer, expert) in it.
+        """
+        parsed = parse(key)
+        if parsed.place == "outside":
+            return (Piece(box, key, box, Copy()),)
+        at, layers = 0, (parsed.layer,)
+        if parsed.is_stacked:
+            at, layers = 1, tuple(_span(box, 0))
+        if not parsed.rule.expert_axis:
+            return tuple(self._piece(parsed, tuple(shape), box, at, layer, None) for layer in layers)
+        return tuple(
+            self._piece(parsed, tuple(shape), box, at, layer, expert)
+            for layer, expert in product(layers, _span(box, at))
+        )
+
+    def _piece(
+        self, key: Key, shape: Shape, box: Box, at: int, layer: int | None, expert: int | None
+    ) -> Piece:
+        """The piece of one target layer (None outside the decoder stack's axis) and one target expert."""
+        coordinates = ([layer] if at else []) + ([] if expert is None else [expert])
+        rest = len(coordinates)
+        tail = Box(box.offsets[rest:], box.sizes[rest:])
+        target = Box((*coordinates, *tail.offsets), (*(1 for _ in coordinates), *tail.sizes))  # type: ignore[arg-type]
+
+        source_layer = layer if key.place == "mtp" else self.layers.sources[layer]  # type: ignore[index]
+        stacked = key.place == "decoder" and self.source.key_form == "stacked"
+        lead = [source_layer] if stacked else []
+        if expert is not None:
+            lead.append(self.experts.source(expert))
+        source_key = key.at(None if stacked else source_layer)
+        source = Box((*lead, *tail.offsets), (*(1 for _ in lead), *tail.sizes))  # type: ignore[arg-type]
+        transform = self._transform(key, layer, expert, tuple(lead), shape[rest:])  # type: ignore[arg-type]
+        if isinstance(transform, Noise) and key.state is None:
+            source_key = source_key.of(self.masters)
+        return Piece(target, str(source_key), source, transform)
+
+    def _transform(
+        self, key: Key, layer: int | None, expert: int | None, lead: Shape, tail: Shape
+    ) -> Transform:
+        if key.state in MOMENT_POWER:
+            split = key.rule.expert_axis and not self.experts.is_identity and self.optimizer == "rescale"
+            return Divide(self.experts.factor ** MOMENT_POWER[key.state]) if split else Copy()
+        is_copy = key.place == "decoder" and self.layers.copy_index[layer] > 0  # type: ignore[index]
+        if self.zero_output and is_copy and key.rule.residual_output:
+            return Zero()
+        if expert is None or key.rule.noise is None or self.experts.clone_index(expert) == 0:
+            return Copy()
+        alpha = self.noise.of(key.rule.noise)
+        if alpha == 0:
+            return Copy()
+        scope = Box((*lead, *(0 for _ in tail)), (*(1 for _ in lead), *tail))
+        if key.rule.noise == "router":
+            scope = Box((*lead[:-1], 0, *scope.offsets[len(lead) :]),
+                        (*(1 for _ in lead[:-1]), self.source.num_experts, *tail))  # fmt: skip
+        stream = Stream(self.seed, key.tensor, None if key.place == "mtp" else layer, expert)
+        return Noise(alpha, stream, scope, len(lead))
+
+    # -- checks --------------------------------------------------------------------------------------------
+
+    def _split(self, key: Key, shape: Shape, model: Architecture) -> tuple[Sequence[int], Shape]:
+        """The layers that a tensor holds, and its shape for one of them."""
+        if not key.is_stacked:
+            layers, rest = (() if key.layer is None else (key.layer,)), shape
+        else:
+            layers, rest = tuple(range(shape[0])), shape[1:]
+            if shape[0] != model.num_layers:
+                raise PlanError(
+                    f"{key} stacks {shape[0]} layers but the model has {model.num_layers}; "
+                    "the checkpoint's tensors and arguments disagree"
+                )
+        if key.rule.expert_axis:
+            self._check_experts(key, rest[0])
+        return layers, rest
+
+    def _check_experts(self, key: Key, num_experts: int) -> None:
+        if num_experts != self.source.num_experts:
+            raise PlanError(
+                f"{key} has {num_experts} experts but the model has {self.source.num_experts}; "
+                "layers with different numbers of experts cannot be grown"
+            )
+
+    # -- JSON ----------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same plan gives the same text."""
+        return json.dumps({"version": PLAN_VERSION, **asdict(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "GrowthPlan":
+        """The plan that `to_json` wrote.
+
+        Raises:
+            PlanError: written by another version.
+        """
+        fields = json.loads(text)
+        version = fields.pop("version", None)
+        if version != PLAN_VERSION:
+            raise PlanError(
+                f"the plan is of version {version!r} but this megatron_growth reads version {PLAN_VERSION}; "
+                "read it with the version that wrote it"
+            )
+        layers = fields["layers"]
+        return cls(
+            **{
+                **fields,
+                "source": Architecture(**fields["source"]),
+                "target": Architecture(**fields["target"]),
+                "layers": LayerMap(layers["num_source"], tuple(layers["sources"])),
+                "experts": ExpertMap(**fields["experts"]),
+                "noise": NoiseScale(**fields["noise"]),
+            }
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON: equal exactly for equal plans."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _span(box: Box, axis: int) -> range:
+    return range(box.offsets[axis], box.offsets[axis] + box.sizes[axis])

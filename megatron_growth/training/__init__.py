@@ -1,0 +1,1 @@
+"""The only package that imports Megatron: its seam, its entry points, its loop on CPU."""
