@@ -8,10 +8,8 @@ import copy
 from argparse import Namespace
 from typing import Any
 
+from megatron_growth.planning.patterns import PATTERN_ARGUMENTS, grown
 from megatron_growth.planning.plan import GrowthPlan
-
-# Arguments that hold one entry for each layer when they are lists; upstream: TransformerConfig.
-PER_LAYER_ARGS = ("moe_layer_freq", "window_attn_skip_freq", "no_rope_freq", "linear_attention_freq")
 
 
 def grown_common_state(state: dict[str, Any], plan: GrowthPlan) -> dict[str, Any]:
@@ -21,20 +19,20 @@ def grown_common_state(state: dict[str, Any], plan: GrowthPlan) -> dict[str, Any
         state: the base's, left as it is.
         plan: the growth.
     """
-    grown = dict(state)
+    result = dict(state)
     if "args" in state:
-        grown["args"] = grown_args(state["args"], plan)
+        result["args"] = grown_args(state["args"], plan)
     if plan.optimizer == "reset":
-        grown.pop("optimizer", None)
-    return grown
+        result.pop("optimizer", None)
+    return result
 
 
 def grown_args(args: Namespace, plan: GrowthPlan) -> Namespace:
     """A copy of Megatron's arguments with layers, experts, top-k and every per-layer list grown."""
-    grown = copy.copy(args)
+    result = copy.copy(args)
     for name, value in architecture_changes(args, plan).items():
-        setattr(grown, name, value)
-    return grown
+        setattr(result, name, value)
+    return result
 
 
 def architecture_changes(args: Namespace, plan: GrowthPlan) -> dict[str, Any]:
@@ -44,10 +42,10 @@ def architecture_changes(args: Namespace, plan: GrowthPlan) -> dict[str, Any]:
         changes["num_layers"] = plan.target.num_layers
         if getattr(args, "encoder_num_layers", None) is not None:
             changes["encoder_num_layers"] = plan.target.num_layers
-        for name in PER_LAYER_ARGS:
+        for name in PATTERN_ARGUMENTS:
             value = getattr(args, name, None)
-            if isinstance(value, list | tuple):
-                changes[name] = plan.layers.spread(value)
+            if (new := grown(name, value, plan.layers)) != value:
+                changes[name] = new
         # A pipeline layout names every layer of the base; the run gives its own.
         if getattr(args, "pipeline_model_parallel_layout", None) is not None:
             changes["pipeline_model_parallel_layout"] = None

@@ -50,7 +50,7 @@ class GrowthStorageReader(StorageReader):
         base: StorageReader | None = None,
     ) -> None:
         super().__init__()
-        self.source = SourceCheckpoint(Path(checkpoint_dir), base)
+        self.source = SourceCheckpoint(checkpoint_dir, base, weights_only=growth.optimizer == "reset")
         self.plan = growth if isinstance(growth, GrowthPlan) else plan_for(self.source, growth)
         self.view = GrownView(self.source, self.plan)
 

@@ -25,12 +25,13 @@ def standard_deviation(chunks: Sequence[torch.Tensor]) -> float:
     Returns:
         A double, the same for every chunking; 0 for fewer than two elements; nan where a value is not finite.
     """
-    largest = max((float(chunk.abs().max()) for chunk in chunks if chunk.numel()), default=0.0)
+    magnitudes = [float(chunk.abs().max()) for chunk in chunks if chunk.numel()]
+    if not all(map(math.isfinite, magnitudes)):  # before max(), which may pass a nan over
+        return math.nan
+    largest = max(magnitudes, default=0.0)
     count = sum(chunk.numel() for chunk in chunks)
     if largest == 0.0 or count < 2:
         return 0.0
-    if not math.isfinite(largest):
-        return math.nan
     exponent = math.frexp(largest)[1] - _GRID_BITS
     total = squares = 0
     for chunk in chunks:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.storage import StorageReader
 
 from megatron_growth.errors import CheckpointError
-from megatron_growth.planning.keys import Key, KeyForm, ObjectKey, parse, parse_object
+from megatron_growth.planning.keys import Key, KeyForm, ObjectKey, is_optimizer_key, parse, parse_object
 from megatron_growth.planning.plan import MASTER_STATES, Architecture, Box, Shape
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -55,13 +55,17 @@ class SourceCheckpoint:
         directory: an `iter_*` directory.
         reader: DCP reader to read it through; torch's `FileSystemReader` by default. Its metadata may be cached by
             its owner and is never changed.
+        weights_only: leave optimizer state out, of whatever format it is.
 
     Raises:
         CheckpointError: missing, incomplete, or of a format that cannot be grown.
     """
 
-    def __init__(self, directory: str | Path, reader: StorageReader | None = None) -> None:
+    def __init__(
+        self, directory: str | Path, reader: StorageReader | None = None, *, weights_only: bool = False
+    ) -> None:
         self.directory = Path(directory)
+        self.weights_only = weights_only
         if reader is None:
             check_format(self.directory)
             reader = FileSystemReader(self.directory)
@@ -73,7 +77,7 @@ class SourceCheckpoint:
     def tensors(self) -> dict[str, SourceTensor]:
         """Every tensor by its checkpoint key, each known to the grammar and whole."""
         found = {}
-        for text, entry in self.metadata.state_dict_metadata.items():
+        for text, entry in self._entries():
             if isinstance(entry, TensorStorageMetadata):
                 tensor = SourceTensor(parse(text), entry)
                 _check_tiled(text, tensor)
@@ -86,10 +90,13 @@ class SourceCheckpoint:
     def objects(self) -> dict[str, ObjectKey]:
         """Every pickled object by its checkpoint key."""
         return {
-            text: parse_object(text)
-            for text, entry in self.metadata.state_dict_metadata.items()
-            if isinstance(entry, BytesStorageMetadata)
+            text: parse_object(text) for text, entry in self._entries() if isinstance(entry, BytesStorageMetadata)
         }
+
+    def _entries(self) -> Iterator[tuple[str, TensorStorageMetadata | BytesStorageMetadata]]:
+        for text, entry in self.metadata.state_dict_metadata.items():
+            if not (self.weights_only and is_optimizer_key(text)):
+                yield text, entry
 
     @cached_property
     def common_state(self) -> dict[str, Any] | None:

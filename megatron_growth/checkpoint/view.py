@@ -74,7 +74,7 @@ class GrownView:
         """
         shapes: dict[str, Shape] = {}
         layers: dict[str, int] = defaultdict(int)
-        for tensor in self._grown_tensors():
+        for tensor in self.source.tensors.values():
             for key, shape in self.plan.target_tensors(tensor.key, tensor.shape):
                 text = str(key)
                 shapes[text] = shape
@@ -101,7 +101,7 @@ class GrownView:
     def metadata(self) -> Metadata:
         """DCP metadata of the grown checkpoint. Where its bytes lie only the reader knows: `storage_data` is empty."""
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        for tensor in self._grown_tensors():
+        for tensor in self.source.tensors.values():
             grown = _grown_chunks(tensor, self.plan)
             for key, shape in self.plan.target_tensors(tensor.key, tensor.shape):
                 text = str(key)
@@ -122,11 +122,6 @@ class GrownView:
     def dtype(self, key: str) -> torch.dtype:
         """Data type that the grown checkpoint stores target tensor `key` in."""
         return self.metadata.state_dict_metadata[key].properties.dtype  # type: ignore[union-attr]
-
-    def _grown_tensors(self) -> list[SourceTensor]:
-        """The base's tensors that the grown checkpoint has: without optimizer state when that is reset."""
-        reset = self.plan.optimizer == "reset"
-        return [t for t in self.source.tensors.values() if not (reset and t.key.state)]
 
 
 def _lead_axes(key: Key) -> int:

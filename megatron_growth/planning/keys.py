@@ -102,6 +102,8 @@ OUTSIDE_RULES: tuple[Rule, ...] = (
     _rule(r"common_state", "common_state", is_object=True),
 )
 
+# Any optimizer's state in any format, chained or not: chained_0.optimizer.distributed.dp_group_idx_0...
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 # optimizer.state.exp_avg.<model key>
 _OPTIMIZER_STATE = re.compile(r"optimizer\.state\.(?P<state>param|fp32_param|exp_avg|exp_avg_sq)\.(?P<rest>.+)")
 # decoder.layers.3.mlp.router.weight, or without the 3 when layers are stacked
@@ -187,6 +189,11 @@ class ObjectKey:
 
     def __str__(self) -> str:
         return f"{self.key}/shard_{_dotted(self.position)}_{_dotted(self.grid)}"
+
+
+def is_optimizer_key(text: str) -> bool:
+    """Whether a key is optimizer state, of whatever format: what a weights-only growth leaves behind."""
+    return _OPTIMIZER.match(text) is not None
 
 
 def parse(text: str) -> Key:

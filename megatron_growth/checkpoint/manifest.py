@@ -1,0 +1,86 @@
+"""`growth_manifest.json`: how a run's weights came to be, beside its checkpoints.
+
+It is written when a base has been grown and read when the run starts again, so that growth happens once. The plan in
+it says where every number came from; the fingerprint of the base says from which bytes.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megatron_growth.checkpoint.noise import STREAM_VERSION
+from megatron_growth.checkpoint.source import SourceCheckpoint
+from megatron_growth.config import GrowthConfig
+from megatron_growth.errors import CheckpointError
+from megatron_growth.planning.plan import GrowthPlan
+
+MANIFEST = "growth_manifest.json"
+_PACKAGES = ("megatron-growth", "megatron-core", "torch", "numpy")
+
+
+def describe(source: SourceCheckpoint, base: str | Path, growth: GrowthConfig, plan: GrowthPlan) -> dict[str, Any]:
+    """The manifest of one growth.
+
+    Args:
+        source: the base, opened.
+        base: its Megatron checkpoint directory, as the user gave it.
+        growth: what the user asked for.
+        plan: what was made of it.
+    """
+    return {
+        "base": str(base),
+        "iteration": (source.common_state or {}).get("iteration"),
+        "base_fingerprint": hashlib.sha256((source.directory / ".metadata").read_bytes()).hexdigest(),
+        "growth": growth.model_dump(mode="json"),
+        "plan": json.loads(plan.to_json()),
+        "plan_fingerprint": plan.fingerprint,
+        "seed": plan.seed,
+        "noise_scale": {"experts": plan.noise.experts, "router": plan.noise.router},
+        "noise_stream_version": STREAM_VERSION,
+        "optimizer": plan.optimizer,
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        # The manifest of the base, when that was grown itself: stages chain.
+        "ancestor": read(source.directory.parent),
+    }
+
+
+def write(directory: str | Path, manifest: dict[str, Any]) -> Path:
+    """Write it whole or not at all."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / MANIFEST
+    with tempfile.NamedTemporaryFile("w", dir=directory, prefix=f".{MANIFEST}.", delete=False) as file:
+        json.dump(manifest, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+    return path
+
+
+def read(directory: str | Path) -> dict[str, Any] | None:
+    """The manifest in a checkpoint directory, None where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged ({error}); restore or remove it") from None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

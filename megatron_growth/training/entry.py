@@ -1,0 +1,98 @@
+"""The entry points' common frame: our own options, the CPU backend, the hook, and errors on one line.
+
+    torchrun ... -m megatron_growth.pretrain --growth-config growth.yaml --load BASE --save RUN <Megatron arguments>
+    torchrun ... -m megatron_growth.run path/to/their_pretrain.py --growth-config growth.yaml <its arguments>
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_growth.checkpoint import manifest
+from megatron_growth.config import load_config
+from megatron_growth.errors import ConfigError, GrowthError
+from megatron_growth.training import cpu_backend, start
+from megatron_growth.training.arguments import given_arguments
+from megatron_growth.training.load_hook import growth_on_load
+
+_SECONDS_FOR_RANK_0 = 5
+
+
+def train(argv: Sequence[str], pretrain: Callable[[list[str]], None]) -> None:
+    """Run `pretrain` with Megatron's command line, its first load grown.
+
+    Args:
+        argv: our options and Megatron's, mixed.
+        pretrain: runs Megatron's `pretrain()` on a command line.
+    """
+    path, words = _own_options(argv)
+    config = load_config(path)
+    if cpu_backend.needed():
+        cpu_backend.install()  # before megatron is imported
+        words = [*words, *cpu_backend.arguments(words)]
+    begin = start.decide(config, words)
+    _say(begin.message)
+    with _hook(begin):
+        pretrain(begin.argv)
+
+
+def _hook(begin: start.Start) -> AbstractContextManager[None]:
+    """Growth on the first load; nothing for a run that resumes."""
+    if begin.source is None or begin.plan is None:
+        return nullcontext()
+    return growth_on_load(begin.source, begin.plan, on_loaded=lambda: _record(begin))
+
+
+def _record(begin: start.Start) -> None:
+    """The base is in the model: write the manifest beside where the run's checkpoints will be."""
+    save = given_arguments(begin.argv).get("save")
+    if save and start.is_first_rank():
+        _say(f"grown and loaded; {manifest.write(save, begin.manifest or {})} says how")
+
+
+def _say(message: str) -> None:
+    if start.is_first_rank():
+        print(f"megatron_growth: {message}", flush=True)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End this rank with one line and exit code 2 on an error that the user can put right.
+
+    All ranks meet most errors alike. Rank 0 speaks; the others give it time, for the launcher ends every rank when the
+    first one fails. A rank that fails alone speaks for itself.
+    """
+    try:
+        yield
+    except (GrowthError, CheckpointException) as error:
+        cause = _cause(error)
+        if cause is None:
+            raise
+        if not start.is_first_rank():
+            time.sleep(_SECONDS_FOR_RANK_0)
+        rank = "" if start.is_first_rank() else f" (rank {os.environ['RANK']})"
+        print(f"megatron_growth: error{rank}: {cause}", file=sys.stderr, flush=True)
+        # Not sys.exit: Megatron's process groups and threads would be waited for, on ranks that never come.
+        os._exit(2)
+
+
+def _cause(error: BaseException) -> GrowthError | None:
+    """DCP wraps what a reader raises, by rank."""
+    if isinstance(error, GrowthError):
+        return error
+    failures = getattr(error, "failures", {}).values()
+    return next((wrapped[0] for wrapped in failures if isinstance(wrapped[0], GrowthError)), None)
+
+
+def _own_options(argv: Sequence[str]) -> tuple[str, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--growth-config")
+    own, words = parser.parse_known_args(list(argv))
+    if own.growth_config is None:
+        raise ConfigError("--growth-config FILE is missing; give the growth configuration, see configs/")
+    return own.growth_config, words

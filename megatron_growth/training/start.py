@@ -1,0 +1,162 @@
+"""How a run starts: from the grown base the first time, from its own checkpoint ever after.
+
+A requeued job is started with the same command line. It must neither grow twice nor begin again at the base, so what
+happens is decided by what `--save` holds, and said in the log.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_growth.checkpoint import manifest
+from megatron_growth.checkpoint.common_state import grown_args
+from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
+from megatron_growth.config import ExperimentConfig, GrowthConfig
+from megatron_growth.errors import CheckpointError, ConfigError
+from megatron_growth.planning.build import build_plan
+from megatron_growth.planning.plan import GrowthPlan
+from megatron_growth.training import arguments
+
+# What a user may say for the load of the base alone, and must not hold for a resume: option -> does it take a value.
+_FIRST_LOAD_ONLY = {"--finetune": False, "--no-load-optim": False, "--no-load-rng": False, "--ckpt-step": True}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A decided start.
+
+    Attributes:
+        argv: Megatron's command line.
+        source: the base's `iter_*` directory when this start grows, None when it resumes.
+        plan: the growth, None when it resumes.
+        manifest: to be written beside the run's checkpoints once the base is loaded.
+        message: what happens, for the log.
+    """
+
+    argv: list[str]
+    source: Path | None
+    plan: GrowthPlan | None
+    manifest: dict[str, Any] | None
+    message: str
+
+
+def decide(config: ExperimentConfig, argv: Sequence[str]) -> Start:
+    """Grow the base, or resume the run.
+
+    Args:
+        config: the configuration file.
+        argv: the user's Megatron command line.
+
+    Raises:
+        ConfigError: the command line contradicts the plan or itself.
+        CheckpointError: the base, or the run's own checkpoint, cannot be loaded.
+        PlanError: the base cannot grow as configured.
+    """
+    given = arguments.given_arguments(argv)
+    load, save = given.get("load") or config.base.load, given.get("save")
+    if load is None:
+        raise ConfigError("no base to grow: give --load DIR or `base.load` in the configuration")
+    if save is not None and Path(save).resolve() == Path(load).resolve():
+        raise ConfigError(
+            f"--load and --save are the same directory {str(save)!r}; the base is never written to: "
+            "give the run a directory of its own"
+        )
+    if given.get("ckpt_format", "torch_dist") != "torch_dist":
+        raise ConfigError(
+            f"--ckpt-format {given['ckpt_format']!r} does not load through the growth view; use torch_dist"
+        )
+    if save is not None and (Path(save) / TRACKER).is_file():
+        return _resume(config.growth, argv, Path(save))
+    return _grow(config, argv, given, Path(load))
+
+
+def _resume(growth: GrowthConfig, argv: Sequence[str], save: Path) -> Start:
+    written = manifest.read(save)
+    if written is not None and written["growth"] != growth.model_dump(mode="json"):
+        raise ConfigError(
+            f"{str(save)!r} holds a run grown by another configuration (see {manifest.MANIFEST} there); "
+            "give --save a new directory, or the configuration it was grown by"
+        )
+    directory = iteration_directory(save)
+    source = SourceCheckpoint(directory, weights_only=True)
+    words = arguments.completed(_without(argv, {**_FIRST_LOAD_ONLY, "--load": True}), _args(source))
+    message = f"{save} holds {directory.name}: resuming it as it is, nothing is grown"
+    return Start([*words, "--load", str(save)], None, None, None, message)
+
+
+def _grow(config: ExperimentConfig, argv: Sequence[str], given: dict[str, Any], load: Path) -> Start:
+    iteration = given.get("ckpt_step", config.base.iteration)
+    directory = iteration_directory(load, iteration)
+    source = SourceCheckpoint(directory, weights_only=config.growth.optimizer == "reset")
+    args = _args(source)
+    plan = build_plan(config.growth, source.architecture, masters=source.masters)
+    plan = _in_target_form(config.growth, source, plan, given)
+    source.tensors, source.objects  # noqa: B018  every key known, every tensor whole, before anything starts
+    words = arguments.completed(_without(argv, {"--load": True, "--ckpt-step": True}), grown_args(args, plan))
+    _check_experts_divide(given, plan)
+    words += ["--load", str(load)]
+    if iteration != "latest":
+        words += ["--ckpt-step", str(iteration)]
+    if plan.optimizer == "reset" and not given.get("no_load_optim"):
+        words.append("--no-load-optim")
+    message = (
+        f"growing {directory}: layers {plan.source.num_layers} -> {plan.target.num_layers}, "
+        f"experts {plan.source.num_experts} -> {plan.target.num_experts}, "
+        f"top-k {plan.source.top_k} -> {plan.target.top_k}; optimizer {plan.optimizer}; "
+        f"plan {plan.fingerprint[:12]}"
+    )
+    return Start(words, directory, plan, manifest.describe(source, load, config.growth, plan), message)
+
+
+def _in_target_form(
+    growth: GrowthConfig, source: SourceCheckpoint, plan: GrowthPlan, given: dict[str, Any]
+) -> GrowthPlan:
+    """The grown model's key form follows the run's arguments: a list of MoE layers gives one key for each layer."""
+    target = grown_args(source.args, plan)
+    for name in ("moe_layer_freq", "linear_attention_freq"):
+        if name in given:
+            setattr(target, name, given[name])
+    form = "per_layer" if arguments.has_per_layer_keys(target) else "stacked"
+    if form == plan.target.key_form:
+        return plan
+    return build_plan(growth, source.architecture, masters=source.masters, target_form=form)
+
+
+def _args(source: SourceCheckpoint) -> Any:
+    if source.args is None:
+        raise CheckpointError(
+            f"checkpoint {str(source.directory)!r} has no Megatron arguments, so the model is not known; "
+            "use a checkpoint that Megatron's training saved"
+        )
+    return source.args
+
+
+def _check_experts_divide(given: dict[str, Any], plan: GrowthPlan) -> None:
+    parallel = given.get("expert_model_parallel_size", 1)
+    if plan.target.num_experts % parallel:
+        raise ConfigError(
+            f"expert_model_parallel_size ({parallel}) must divide num_experts ({plan.target.num_experts}); "
+            "choose another layout or width factor"
+        )
+
+
+def _without(argv: Sequence[str], options: dict[str, bool]) -> list[str]:
+    """A command line without some options; each takes one value or none."""
+    words: list[str] = []
+    skip = False
+    for word in argv:
+        name = word.split("=", 1)[0]
+        if skip:
+            skip = False
+        elif name in options:
+            skip = options[name] and "=" not in word
+        else:
+            words.append(word)
+    return words
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all: rank 0 of torchrun or SLURM's environment."""
+    return os.environ.get("RANK", "0") == "0"
