@@ -16,12 +16,13 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from megatron_growth.errors import ConfigError
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_by_alias=True, validate_by_name=True)
 
 
 class DepthConfig(_Strict):
@@ -129,6 +130,57 @@ class BaseConfig(_Strict):
     """Which iteration of it."""
 
 
+class LearningRateConfig(_Strict):
+    """A schedule that starts anew at the growth, warm-up first."""
+
+    peak: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Learning rate after the warm-up."""
+
+    warmup_iters: Annotated[int, Field(ge=0)] = 0
+    """Iterations of linear warm-up from zero, counted from the growth."""
+
+    decay_style: Literal["constant", "cosine", "linear", "inverse-square-root", "WSD"] = "constant"
+    """What follows the warm-up; the paper's grown models train at a constant rate until they anneal."""
+
+    decay_iters: Annotated[int, Field(ge=1)] | None = None
+    """Iterations from the growth to the end of the decay; Megatron's `--train-iters` when not given."""
+
+    min: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Learning rate at the end of the decay."""
+
+
+class DataOffset(_Strict):
+    """Where in the data to go on."""
+
+    offset: Annotated[int, Field(ge=0)]
+    """Samples taken as consumed, counted from the start of the data."""
+
+
+class ContinueConfig(_Strict):
+    """What goes on from the base when training starts on the grown model, and what starts anew."""
+
+    data: Literal["keep", "reset"] | DataOffset = "keep"
+    """`keep` goes on with the next sample that the base has not seen; `reset` starts the data over;
+    `{offset: N}` takes N samples as consumed."""
+
+    iteration: Literal["keep", "reset"] = "keep"
+    """`keep` counts on from the base's iteration; `reset` counts from 0. `--train-iters` is the last one either way."""
+
+    learning_rate: Literal["keep"] | LearningRateConfig = "keep"
+    """`keep` goes on at the base's place in its schedule (or in the one that the command line gives); otherwise a
+    schedule that starts at the growth."""
+
+    @model_validator(mode="after")
+    def _upstream_can(self) -> "ContinueConfig":
+        starts_over = self.data == "reset" or (isinstance(self.data, DataOffset) and self.data.offset == 0)
+        if starts_over and self.iteration == "keep":
+            raise ValueError(
+                "data from the start at a kept iteration is not possible: Megatron takes 0 consumed samples at "
+                "iteration > 0 for an old checkpoint and skips iteration * batch; add `iteration: reset`"
+            )
+        return self
+
+
 class ExperimentConfig(_Strict):
     """A configuration file."""
 
@@ -137,6 +189,9 @@ class ExperimentConfig(_Strict):
 
     growth: GrowthConfig
     """How it is grown."""
+
+    continue_: Annotated[ContinueConfig, Field(alias="continue")] = ContinueConfig()
+    """How training goes on."""
 
 
 def load_config(path: str | Path) -> ExperimentConfig:
@@ -163,27 +218,40 @@ def load_config(path: str | Path) -> ExperimentConfig:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first thing that pydantic found wrong, as one line: where, what, why, and the nearest known key."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(model, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+    """What pydantic found wrong, as one line: where, what, what the field means, and the nearest known key."""
+    # Of a union's members, the one that the value came closest to fitting speaks: the deepest error.
+    found = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
+    location = tuple(part for part in found["loc"] if not _is_union_tag(part))
+    where = ".".join(map(str, location))
+    if found["type"] == "extra_forbidden":
+        known = list(_fields_at(model, location[:-1]))
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(first["input"], dict) else f" {first['input']!r}"
-    return f"{where or 'configuration'}{shown}: {message}"
+    message = found["msg"].removeprefix("Value error, ")
+    if found["type"] == "value_error" or not location or found["type"] == "missing":
+        return f"{where or 'configuration'}: {message}"
+    shown = "" if isinstance(found["input"], dict) else f" {found['input']!r}"
+    return f"{where}{shown}: {message[0].lower()}{message[1:]}; {_meaning(model, location)}"
+
+
+def _meaning(model: type[BaseModel], location: tuple[Any, ...]) -> str:
+    """A field's documentation on one line."""
+    names = [part for part in location if isinstance(part, str)]
+    field = _fields_at(model, tuple(names[:-1]))[names[-1]]
+    return f"{names[-1]}: {' '.join((field.description or '').split())}"
 
 
 def _is_union_tag(part: object) -> bool:
-    """Pydantic puts the tried member of a union into an error's location."""
-    return isinstance(part, str) and (part.startswith(("literal[", "constrained-")) or part in ("int", "str"))
+    """Pydantic puts the tried member of a union into an error's location: a type's name, a literal's values."""
+    return isinstance(part, str) and (part.startswith(("literal[", "constrained-")) or part[:1].isupper()
+                                      or part in ("int", "str"))  # fmt: skip
 
 
-def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> dict[str, FieldInfo]:
+    """The fields, by the key they have in YAML, of the section at `location`."""
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        members = getattr(annotation, "__args__", (annotation,))
+        field = next(f for name, f in model.model_fields.items() if part in (name, f.alias))
+        members = getattr(field.annotation, "__args__", (field.annotation,))
         model = next(m for m in members if isinstance(m, type) and issubclass(m, BaseModel))
-    return list(model.model_fields)
+    return {field.alias or name: field for name, field in model.model_fields.items()}

@@ -3,7 +3,8 @@
     read items --resolve--> parts --by source chunk--> units --in file order--> batches --> chunks --> slices
 
 A *part* is what one source chunk gives to one read item. A *unit* is what must be in memory together: one source
-chunk, or all chunks of the tensor over which a clone's sigma is taken (one expert's projection, one layer's router).
+chunk, or all chunks of the tensor over which a clone's sigma is taken (one expert's projection, one layer's router),
+and with a master its weight, which it must round to.
 A *batch* is units of some 64 MiB, read in one call. Nothing else is held: memory does not grow with the model.
 """
 
@@ -147,7 +148,7 @@ def _parts(view: GrownView, destinations: Iterable[Destination], planner: LoadPl
 
 
 def _group(view: GrownView, parts: list[Part]) -> list[Unit]:
-    """Parts by chunk, chunks joined where a sigma spans several of them (union-find)."""
+    """Parts by chunk, chunks joined where a sigma or a check spans several of them (union-find)."""
     leader: dict[Chunk, Chunk] = {}
 
     def find(chunk: Chunk) -> Chunk:
@@ -158,10 +159,13 @@ def _group(view: GrownView, parts: list[Part]) -> list[Unit]:
         return chunk
 
     for part in parts:
+        key, transform = part.piece.source_key, part.piece.transform
+        joined = [(key, c) for c in view.source_chunks(key, transform.scope)] if isinstance(transform, Noise) else []
+        if weight := view.weight_of_master(key):
+            joined += [(weight, c) for c in view.source_chunks(weight, part.chunk[1])]
         root = find(part.chunk)
-        if isinstance(part.piece.transform, Noise):
-            for other in view.source_chunks(part.piece.source_key, part.piece.transform.scope):
-                leader[find((part.piece.source_key, other))] = root
+        for other in joined:
+            leader[find(other)] = root
     units: dict[Chunk, Unit] = defaultdict(Unit)
     for chunk in leader:
         units[find(chunk)].chunks.append(chunk)
@@ -243,6 +247,7 @@ class _ChunkPlanner(LoadPlanner):
 
 
 def _serve(view: GrownView, unit: Unit, chunks: Chunks, planner: LoadPlanner) -> None:
+    _check_masters(view, unit, chunks)
     sigmas: dict[tuple[str, Box], float] = {}
     for part in unit.parts:
         key, piece = part.piece.source_key, part.piece
@@ -257,6 +262,27 @@ def _serve(view: GrownView, unit: Unit, chunks: Chunks, planner: LoadPlanner) ->
         else:
             assert isinstance(piece.transform, Copy)
         part.destination.write(part.target, values, planner)
+
+
+def _check_masters(view: GrownView, unit: Unit, chunks: Chunks) -> None:
+    """A master must round to its weight; where it does not, the moments beside it are not to be trusted either.
+
+    Megatron-core 0.19.0 to 0.19.2 can save `fully_reshardable` optimizer state shifted when its buckets are padded.
+    """
+    for key, box in unit.chunks:
+        weight = view.weight_of_master(key)
+        for other in view.source_chunks(weight, box) if weight else ():
+            overlap = other.intersect(box)
+            if overlap is None or (weight, other) not in chunks:
+                continue
+            master = _narrow(chunks[key, box], box, overlap)
+            model = _narrow(chunks[weight, other], other, overlap)
+            if not torch.equal(master.to(model.dtype), model):
+                raise CheckpointError(
+                    f"{key} does not round to {weight} in box {overlap.offsets} {overlap.sizes}: the base's optimizer "
+                    "state is damaged (megatron-core 0.19.0 to 0.19.2 save it shifted when buckets are padded); "
+                    "use `optimizer: reset`, which grows the weights alone"
+                )
 
 
 def _sigma(view: GrownView, scope: tuple[str, Box], chunks: Chunks) -> float:

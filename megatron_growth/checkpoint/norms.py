@@ -1,12 +1,12 @@
 """The layer-wise weight scale of a checkpoint, streamed.
 
-A converged model's layers have weights whose scale rises with depth (arXiv:2510.08008, figure 2). Interposition keeps
-that profile; stacking breaks it where the block starts again. The scale of a layer is the root mean square of the
-elements of all its weight matrices, ||W||_F / sqrt(numel), the same for any size of model. Norm weights and biases
-are left out: their elements are near one or zero, whatever the layer learned.
+A converged model's layers have weights whose scale rises with depth (arXiv:2510.08008, figure 2).
+Interposition keeps that profile; stacking breaks it where the block starts again. The scale of a layer is the
+root mean square of the elements of all its weight matrices, ||W||_F / sqrt(numel), comparable between models
+of any size. Norm weights and biases are left out: they are near one or zero, whatever the layer learned.
 
-The base's own reader goes through each file once, from front to back, and hands over one chunk at a time; each is
-squared, summed and dropped. Memory is one chunk, however large the model.
+The base's own reader goes through each file once, from front to back, and hands over one chunk at a time,
+which is squared, summed and dropped. Memory is one chunk, however large the model.
 """
 
 import math
@@ -97,8 +97,8 @@ def scale_bytes(tensors: Mapping[str, SourceTensor]) -> int:
 
 def _matrices(tensors: Mapping[str, SourceTensor]) -> Iterator[tuple[str, SourceTensor]]:
     for text, tensor in tensors.items():
-        key = tensor.key
-        if key.place == "decoder" and key.state is None and key.name.endswith("weight") and "norm" not in key.name:
+        name, in_layer = tensor.key.name, tensor.key.place == "decoder" and tensor.key.state is None
+        if in_layer and name.endswith("weight") and "norm" not in name:
             yield text, tensor
 
 

@@ -37,6 +37,7 @@ class GrowthStorageReader(StorageReader):
         checkpoint_dir: the base, an `iter_*` directory; opened read-only.
         growth: what to grow, or a plan already made for this base.
         base: DCP reader to read the base through; torch's `FileSystemReader` by default.
+        adjust: changes the grown model's common state further before it is delivered; the run's own settings.
 
     Raises:
         CheckpointError: the base is missing, incomplete or of a format that cannot be grown.
@@ -48,11 +49,13 @@ class GrowthStorageReader(StorageReader):
         checkpoint_dir: str | os.PathLike[str],
         growth: GrowthConfig | GrowthPlan,
         base: StorageReader | None = None,
+        adjust: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         super().__init__()
         self.source = SourceCheckpoint(checkpoint_dir, base, weights_only=growth.optimizer == "reset")
         self.plan = growth if isinstance(growth, GrowthPlan) else plan_for(self.source, growth)
         self.view = GrownView(self.source, self.plan)
+        self._adjust = adjust
 
     # -- StorageReader -------------------------------------------------------------------------------------
 
@@ -114,7 +117,7 @@ class GrowthStorageReader(StorageReader):
     def _common_state(self) -> bytes:
         """The common state of the grown model, as the base's saver wrote it: one in a list."""
         buffer = io.BytesIO()
-        torch.save([grown_common_state(self.source.common_state or {}, self.plan)], buffer)
+        torch.save([self._adjust(grown_common_state(self.source.common_state or {}, self.plan))], buffer)
         return buffer.getvalue()
 
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_growth.checkpoint.source import SourceCheckpoint, SourceTensor
 from megatron_growth.errors import PlanError
 from megatron_growth.planning.keys import Key
-from megatron_growth.planning.plan import Box, GrowthPlan, Shape
+from megatron_growth.planning.plan import MASTER_STATES, Box, GrowthPlan, Shape
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,12 @@ class GrownView:
         if key not in self._indices:
             self._indices[key] = ChunkIndex.of(self.source.tensors[key])
         return self._indices[key].touching(box)
+
+    def weight_of_master(self, key: str) -> str | None:
+        """The model's weight that source tensor `key` is the fp32 master of, None where it is none."""
+        parsed = self.source.tensors[key].key
+        weight = str(parsed.of(None))
+        return weight if parsed.state in MASTER_STATES and weight in self.source.tensors else None
 
     def dtype(self, key: str) -> torch.dtype:
         """Data type that the grown checkpoint stores target tensor `key` in."""

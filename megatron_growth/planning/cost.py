@@ -1,12 +1,12 @@
 """What a model costs: parameters, activated parameters, FLOPs, and the bytes that growth moves.
 
-Counted from the tensors that a checkpoint really holds, never from a formula over arguments, so that shared experts,
-latent projections and dense layers count as they are.
+Counted from the tensors that a checkpoint really holds, never from a formula over arguments, so that shared
+experts, latent projections and dense layers count as they are.
 
 Conventions, those of the paper's tables (arXiv:2510.08008):
 
-    parameters   trained tensors of the model; a tied embedding is there once. Optimizer states and the router's
-                 running statistics (`expert_bias`, `qb_beta`) are none. Multi-token-prediction modules count.
+    parameters   trained tensors of the model; a tied embedding is there once. Optimizer states are none, nor
+                 are the router's running statistics (`expert_bias`, `qb_beta`). MTP modules count.
     activated    those that one token uses: all but the routed experts, and of these top_k / num_experts.
                  Input and output embeddings count in full; `without_embeddings` leaves them out.
     F_c          6 N_a x 20 N_a FLOPs, one Chinchilla budget; N_a activated parameters, embeddings counted.

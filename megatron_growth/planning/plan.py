@@ -216,6 +216,8 @@ class GrowthPlan:
             layers = self.layers.targets[layer]
             if key.is_stacked:
                 position, grid = position[1:], grid[1:]
+            elif grid == (1,) and not key.rule.expert_axis:
+                position, grid = (), ()  # per-layer keys say `shard_0_1`; a stack's grid is the layers alone
         experts = [position]
         if key.rule.expert_axis:
             self._check_experts(key, grid[0])

@@ -1,4 +1,6 @@
-"""What a person looks at: values gathered from a checkpoint or a plan, and their tables, plots and JSON.
+"""What a person looks at: what growth will do, and what a checkpoint holds.
+
+Values are gathered first and shown separately, as tables, figures or JSON.
 
     growth.py       what a plan will do to a base
     inspection.py   what a checkpoint holds

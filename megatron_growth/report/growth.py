@@ -1,4 +1,4 @@
-"""What a growth plan will do to a base: the content of `megatron-growth plan`, gathered without reading a weight."""
+"""What a growth plan will do to a base: the content of `megatron-growth plan`. No weight is read."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,11 @@ from megatron_growth.planning.cost import ParameterCount, Road, count_parameters
 from megatron_growth.planning.experts import ExpertMap
 from megatron_growth.planning.layers import LayerMap
 from megatron_growth.planning.plan import GrowthPlan
-from megatron_growth.report.inspection import stored
+from megatron_growth.report.inspection import counted, iteration_of, stored
 
 Value = int | float | str | None
 
-# Megatron argument -> what a person calls it. The first three come from the tensors where there are no arguments.
+# Megatron argument -> what a person calls it. The first three are the plan's, for a base without arguments.
 ARCHITECTURE = {
     "num_layers": "layers",
     "num_experts": "experts",
@@ -43,9 +43,9 @@ ARCHITECTURE = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of source beside target."""
+    """A Megatron argument of source and target."""
 
-    name: str
+    argument: str
     source: Value
     target: Value
 
@@ -88,7 +88,9 @@ class GrowthReport:
             "seed": plan.seed,
             "noise": {**asdict(plan.noise), "stream_version": self.stream_version},
             "optimizer": plan.optimizer,
-            "architecture": {row.name: {"source": row.source, "target": row.target} for row in self.architecture},
+            "architecture": {
+                row.argument: {"source": row.source, "target": row.target} for row in self.architecture
+            },
             "layer_map": list(plan.layers.sources),
             "expert_map": [
                 {"source": plan.experts.source(e), "clone": plan.experts.clone_index(e)} for e in experts
@@ -115,7 +117,7 @@ def growth_report(
     base = stored(source.tensors)
     return GrowthReport(
         checkpoint=str(source.directory),
-        iteration=(source.common_state or {}).get("iteration"),
+        iteration=iteration_of(source),
         plan=plan,
         architecture=tuple(_architecture(source, plan)),
         source=count_parameters(base, plan.source),
@@ -124,15 +126,6 @@ def growth_report(
         arguments=None if arguments is None else tuple(arguments),
         warnings=tuple(_warnings(source, growth, plan)),
     )
-
-
-def counted(count: ParameterCount) -> dict[str, Any]:
-    """A parameter count as JSON takes it."""
-    fields: dict[str, Any] = asdict(count)
-    fields["without_embeddings"] = count.without_embeddings
-    if count.activated:
-        fields["activated"]["chinchilla_flops"] = count.activated.chinchilla_flops
-    return fields
 
 
 # -- maps, so that a person can read them --------------------------------------------------------------------
@@ -175,17 +168,16 @@ def _architecture(source: SourceCheckpoint, plan: GrowthPlan) -> Iterator[Row]:
         "num_experts": (old.num_experts or None, new.num_experts or None),
         "moe_router_topk": (old.top_k, new.top_k),
     }
-    for name, label in ARCHITECTURE.items():
+    for name in ARCHITECTURE:
         before, after = certain.get(name) or (args.get(name), changes.get(name, args.get(name)))
         if (before, after) != (None, None):
-            yield Row(label, _plain(before), _plain(after))
-    yield Row("checkpoint keys", old.key_form, new.key_form)
+            yield Row(name, _plain(before), _plain(after))
 
 
 def _plain(value: Any) -> Value:
-    """Lists in runs, `0x2 1x6`; types by name."""
+    """Lists as Megatron's command line writes them, `[0]*2+[1]*6`; types by name."""
     if isinstance(value, list | tuple):
-        return " ".join(f"{entry}x{len(list(run))}" for entry, run in groupby(value))
+        return "+".join(f"[{entry}]*{len(list(run))}" for entry, run in groupby(value))
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return value if value is None or isinstance(value, int | float) else str(value)
@@ -200,7 +192,7 @@ def _warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan) 
             "say so with `optimizer: reset`"
         )
     if source.args is None:
-        yield "the base holds no Megatron arguments: give the target's architecture on the command line yourself"
+        yield "the base holds no Megatron arguments: give the target's on the command line yourself"
 
 
 def _depth_warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan) -> Iterator[str]:
@@ -217,11 +209,11 @@ def _depth_warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: Growth
     grown = plan.layers.targets[skipped[0] : plan.layers.num_source - skipped[1]]
     copies = sorted({len(targets) for targets in grown})
     if len(copies) > 1 and growth.depth.method != "map":
-        yield f"{plan.target.num_layers} layers is no multiple: layers get between {copies[0]} and {copies[-1]} copies"
+        yield f"layers get between {copies[0]} and {copies[-1]} copies, spread evenly"
     if any(tensor.key.place == "mtp" for tensor in source.tensors.values()):
         yield "multi-token-prediction layers are not grown in depth"
     if getattr(source.args, "pipeline_model_parallel_layout", None) is not None:
-        yield "the base's pipeline layout names its own layers and is dropped; give --pipeline-model-parallel-layout anew"
+        yield "the base's pipeline layout is dropped, for it names its own layers; give the target's"
 
 
 def _width_warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan) -> Iterator[str]:
@@ -229,8 +221,8 @@ def _width_warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: Growth
         return
     if growth.width.top_k == "keep":
         yield (
-            f"top_k: keep routes each token to {plan.target.top_k} of {plan.target.num_experts} experts, which changes "
-            "the function: the loss will jump; `top_k: scale` keeps it"
+            f"top_k: keep sends each token to {plan.target.top_k} of {plan.target.num_experts} experts: "
+            "that is another function and the loss will jump; `top_k: scale` keeps it"
         )
     if plan.source.top_k is None:
         yield "top-k of the base is not known (no Megatron arguments): activated parameters cannot be counted"

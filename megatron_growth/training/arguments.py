@@ -18,29 +18,43 @@ from megatron_growth.errors import ConfigError
 from megatron_growth.planning.patterns import PATTERN_ARGUMENTS, written_out
 from megatron_growth.planning.plan import GrowthPlan
 
-# What makes the model: shapes, and the function that its weights compute. A run must agree with the plan.
+# What makes the model: shapes, and what goes by layer or expert. A run must agree with the checkpoint it loads.
 ARCHITECTURE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
-    "num_query_groups", "kv_channels", "max_position_embeddings", "position_embedding_type", "rotary_base",
-    "rotary_percent", "rotary_interleaved", "use_rope_scaling", "rope_scaling_factor", "yarn_beta_fast",
-    "yarn_beta_slow", "yarn_original_max_position_embeddings", "no_rope_freq", "window_size",
-    "window_attn_skip_freq", "linear_attention_freq", "normalization", "layernorm_epsilon",
-    "layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "add_bias_linear", "add_qkv_bias",
-    "swiglu", "squared_relu", "openai_gelu", "quick_geglu", "glu_linear_offset", "activation_func_clamp_value",
-    "untie_embeddings_and_output_weights", "qk_layernorm", "qk_l2_norm", "softmax_type", "attention_output_gate",
-    "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim",
-    "rotary_scaling_factor", "mscale", "mscale_all_dim", "mtp_num_layers", "mtp_use_repeated_layer",
-    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate", "moe_latent_size", "moe_router_topk", "moe_router_num_groups",
-    "moe_router_group_topk", "moe_router_pre_softmax", "moe_router_score_function",
-    "moe_router_topk_scaling_factor", "moe_router_enable_expert_bias", "moe_apply_probs_on_input",
+    "num_query_groups", "kv_channels", "position_embedding_type", "no_rope_freq", "window_attn_skip_freq",
+    "linear_attention_freq", "normalization", "add_bias_linear", "add_qkv_bias", "swiglu", "squared_relu",
+    "openai_gelu", "quick_geglu", "untie_embeddings_and_output_weights", "qk_layernorm", "softmax_type",
+    "attention_output_gate", "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim",
+    "qk_pos_emb_head_dim", "v_head_dim", "mtp_num_layers", "mtp_use_repeated_layer", "num_experts",
+    "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+    "moe_latent_size", "moe_router_topk", "moe_router_num_groups", "moe_router_group_topk",
+    "moe_router_pre_softmax", "moe_router_score_function", "moe_router_enable_expert_bias",
+    "moe_apply_probs_on_input",
 )  # fmt: skip
 
-# How its router was trained. The base's unless the user says otherwise: a forgotten loss coefficient is silent.
+# The base's unless the user says otherwise: what its function and its training depend on, and a forgotten option
+# would change silently.
 INHERITED = (
-    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_bias_update_rate",
-    "moe_expert_capacity_factor", "moe_token_drop_policy", "moe_pad_expert_input_to_capacity",
-    "moe_token_dispatcher_type", "moe_router_dtype", "mtp_loss_scaling_factor", "calculate_per_token_loss",
+    "seq_length", "max_position_embeddings", "rotary_base", "rotary_percent", "rotary_interleaved",
+    "use_rope_scaling", "rope_scaling_factor", "yarn_beta_fast", "yarn_beta_slow",
+    "yarn_original_max_position_embeddings", "rotary_scaling_factor", "mscale", "mscale_all_dim", "window_size",
+    "layernorm_epsilon", "layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm",
+    "qk_l2_norm", "glu_linear_offset", "activation_func_clamp_value", "hidden_dropout", "attention_dropout",
+    "moe_router_topk_scaling_factor", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+    "moe_router_bias_update_rate", "moe_expert_capacity_factor", "moe_token_drop_policy",
+    "moe_pad_expert_input_to_capacity", "moe_token_dispatcher_type", "moe_router_dtype",
+    "mtp_loss_scaling_factor", "calculate_per_token_loss", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
+    "seed",
+)  # fmt: skip
+
+# Options that only make sense together: the base's where the user gives none of a family.
+FAMILIES = (
+    ("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_style",
+     "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples",
+     "lr_warmup_init"),
+    ("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+    ("tokenizer_type", "tokenizer_model", "vocab_size", "vocab_file", "merge_file", "make_vocab_size_divisible_by",
+     "tiktoken_pattern", "tiktoken_num_special_tokens", "special_tokens", "padded_vocab_size"),
 )  # fmt: skip
 
 
@@ -85,8 +99,10 @@ def completed(argv: Sequence[str], model: argparse.Namespace) -> list[str]:
     for name in ARCHITECTURE:
         if name in given and hasattr(model, name):
             _check_agrees(name, given[name], getattr(model, name), model.num_layers)
-    missing = [name for name in (*ARCHITECTURE, *INHERITED) if name not in given and hasattr(model, name)]
-    return [*argv, *render({name: getattr(model, name) for name in missing})]
+    missing = [name for name in (*ARCHITECTURE, *INHERITED) if name not in given]
+    for family in FAMILIES:
+        missing += [] if given.keys() & set(family) else family
+    return [*argv, *render({name: getattr(model, name) for name in missing if hasattr(model, name)})]
 
 
 def _check_agrees(name: str, given: Any, planned: Any, num_layers: int) -> None:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_growth.checkpoint import manifest
-from megatron_growth.config import load_config
+from megatron_growth.config import ContinueConfig, load_config
 from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.training import cpu_backend, start
 from megatron_growth.training.arguments import given_arguments
@@ -37,15 +37,15 @@ def train(argv: Sequence[str], pretrain: Callable[[list[str]], None]) -> None:
         words = [*words, *cpu_backend.arguments(words)]
     begin = start.decide(config, words)
     _say(begin.message)
-    with _hook(begin):
+    with _hook(begin, config.continue_):
         pretrain(begin.argv)
 
 
-def _hook(begin: start.Start) -> AbstractContextManager[None]:
+def _hook(begin: start.Start, settings: ContinueConfig) -> AbstractContextManager[None]:
     """Growth on the first load; nothing for a run that resumes."""
     if begin.source is None or begin.plan is None:
         return nullcontext()
-    return growth_on_load(begin.source, begin.plan, on_loaded=lambda: _record(begin))
+    return growth_on_load(begin.source, begin.plan, settings, on_loaded=lambda: _record(begin))
 
 
 def _record(begin: start.Start) -> None:

@@ -12,6 +12,7 @@ hybrid context parallelism, reinforcement learning) is refused by name.
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -90,7 +91,7 @@ def run(
 ) -> None:
     """Run Megatron's ``pretrain()`` with these arguments; ``sys.argv`` when None is given."""
     with _command_line(argv), _prebuilt_dataset_helpers():
-        args = parse_and_validate_args(extra_args_provider, args_defaults=args_defaults or {})
+        args = _validated(extra_args_provider, args_defaults or {})
         _refuse_other_batches(args)
         # Looked up at the call, so that a caller may wrap training.pretrain's own pieces.
         training.pretrain(
@@ -100,6 +101,21 @@ def run(
             forward_step,
             get_embedding_ranks=embedding_ranks,
         )
+
+
+def _validated(
+    extra_args_provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None,
+    args_defaults: dict[str, object],
+) -> argparse.Namespace:
+    """Megatron's arguments; what it asserts about them is the user's to put right, on one line."""
+    try:
+        return parse_and_validate_args(extra_args_provider, args_defaults=args_defaults)
+    except AssertionError as refusal:
+        at = traceback.extract_tb(refusal.__traceback__)[-1]
+        said = " ".join(str(refusal).split()) or at.line
+        raise ConfigError(
+            f"Megatron refuses these arguments: {said} ({Path(at.filename).name}:{at.lineno}); change them"
+        ) from refusal
 
 
 def _model_config(args: argparse.Namespace):

@@ -17,19 +17,25 @@ import torch
 
 from megatron_growth.checkpoint.common_state import grown_common_state
 from megatron_growth.checkpoint.reader import GrowthStorageReader
+from megatron_growth.config import ContinueConfig
 from megatron_growth.errors import CheckpointError, GrowthError
 from megatron_growth.planning.plan import GrowthPlan
+from megatron_growth.training.continuation import continued, schedule_position
 
 
 @contextmanager
 def growth_on_load(
-    source: Path, plan: GrowthPlan, on_loaded: Callable[[], None] = lambda: None
+    source: Path,
+    plan: GrowthPlan,
+    settings: ContinueConfig = ContinueConfig(),  # noqa: B008  frozen
+    on_loaded: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """While inside, Megatron loads `source`, an `iter_*` directory, as the grown model.
 
     Args:
         source: the base.
         plan: the growth.
+        settings: what goes on from the base, and what starts anew.
         on_loaded: called on every rank when the grown base is in the model.
 
     Raises:
@@ -39,7 +45,7 @@ def growth_on_load(
     from megatron.core.dist_checkpointing.strategies import torch as strategies
     from megatron.training import training
 
-    seam = _Seam(source.resolve(), plan, on_loaded)
+    seam = _Seam(source.resolve(), plan, settings, on_loaded)
     with ExitStack() as stack:
         stack.enter_context(_wrapped(strategies, "_get_filesystem_reader", seam.reader))
         if hasattr(serialization, "_get_filesystem_reader"):  # since 0.19
@@ -53,11 +59,15 @@ def growth_on_load(
 class _Seam:
     """What the wrapped names do. Each wrapper takes the original first."""
 
-    def __init__(self, source: Path, plan: GrowthPlan, on_loaded: Callable[[], None]) -> None:
+    def __init__(
+        self, source: Path, plan: GrowthPlan, settings: ContinueConfig, on_loaded: Callable[[], None]
+    ) -> None:
         self._source = source
-        self._on_loaded = on_loaded
         self._plan = plan
+        self._settings = settings
+        self._on_loaded = on_loaded
         self._reader: GrowthStorageReader | None = None
+        self._adjust: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
     def reader(self, original: Callable[..., Any], checkpoint_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Wrap whatever reader upstream chose (torch's, a caching one, one for object stores)."""
@@ -65,28 +75,31 @@ class _Seam:
         if Path(checkpoint_dir).resolve() != self._source:
             return base
         if self._reader is None:
-            self._reader = GrowthStorageReader(checkpoint_dir, self._plan, base)
+            self._reader = GrowthStorageReader(
+                checkpoint_dir, self._plan, base, adjust=lambda state: self._adjust(state)
+            )
         return self._reader
 
     def common(self, original: Callable[..., Any], checkpoint_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
         state = original(checkpoint_dir, *args, **kwargs)
         if Path(checkpoint_dir).resolve() != self._source:
             return state
-        return grown_common_state(state, self._plan)
+        return self._adjust(grown_common_state(state, self._plan))
 
     def checkpoint(
         self, original: Callable[..., Any], model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """With `optimizer: reset` upstream leaves the learning-rate schedule at its start too; put it where it was."""
+        """The load itself: now the run's optimizer and schedule are known."""
+        self._adjust = lambda state: continued(state, self._settings, optimizer, scheduler)
         result = original(model, optimizer, scheduler, *args, **kwargs)
         if self._reader is None:
             raise CheckpointError(
                 f"Megatron loaded its checkpoint past the growth of {str(self._source)!r}: nothing has grown; "
                 "use --ckpt-format torch_dist and leave --load to the growth configuration"
             )
-        state = self._reader.source.common_state or {}
         if self._plan.optimizer == "reset" and scheduler is not None:
-            position = state.get("opt_param_scheduler", {}).get("num_steps", 0)
+            # Without optimizer state upstream leaves the schedule at its start.
+            position = schedule_position(self._reader.source.common_state or {}, self._settings)
             scheduler.step(increment=position - scheduler.num_steps)
         self._on_loaded()
         return result

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.common_state import grown_args
 from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
-from megatron_growth.config import ExperimentConfig, GrowthConfig
+from megatron_growth.config import ContinueConfig, ExperimentConfig, GrowthConfig
 from megatron_growth.errors import CheckpointError, ConfigError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.plan import GrowthPlan
@@ -67,9 +67,10 @@ def decide(config: ExperimentConfig, argv: Sequence[str]) -> Start:
         raise ConfigError(
             f"--ckpt-format {given['ckpt_format']!r} does not load through the growth view; use torch_dist"
         )
+    words = [*argv, *_schedule(config.continue_, given)]
     if save is not None and (Path(save) / TRACKER).is_file():
-        return _resume(config.growth, argv, Path(save))
-    return _grow(config, argv, given, Path(load))
+        return _resume(config.growth, words, Path(save))
+    return _grow(config, words, given, Path(load))
 
 
 def _resume(growth: GrowthConfig, argv: Sequence[str], save: Path) -> Start:
@@ -108,6 +109,27 @@ def _grow(config: ExperimentConfig, argv: Sequence[str], given: dict[str, Any], 
         f"plan {plan.fingerprint[:12]}"
     )
     return Start(words, directory, plan, manifest.describe(source, load, config.growth, plan), message)
+
+
+def _schedule(settings: ContinueConfig, given: dict[str, Any]) -> list[str]:
+    """The learning-rate schedule of the configuration as Megatron's options."""
+    rate = settings.learning_rate
+    if rate == "keep":
+        return []
+    values: dict[str, Any] = {
+        "lr": rate.peak,
+        "min_lr": rate.min,
+        "lr_decay_style": rate.decay_style,
+        "lr_warmup_iters": rate.warmup_iters,
+        "lr_decay_iters": rate.decay_iters,
+    }
+    clash = next((name for name in values if name in given and given[name] != values[name]), None)
+    if clash:
+        raise ConfigError(
+            f"--{clash.replace('_', '-')} {given[clash]!r} contradicts continue.learning_rate in the configuration, "
+            f"which sets {values[clash]!r}; say it in one place"
+        )
+    return arguments.render({name: value for name, value in values.items() if name not in given})
 
 
 def _in_target_form(

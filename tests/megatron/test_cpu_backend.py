@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_growth.training.cpu_backend.substitutions import Substitutions
-from tests.megatron.driver import REPOSITORY, Job, JobFailed, Result, run_jobs
+from tests.megatron.driver import REPOSITORY, Job, JobFailed, Probe, Result, run_jobs
 
 # Shared experts, an expert bias and query-key norms, because each has parameters of its own kind.
 # Vocabulary 127 plus end-of-document is 128, a multiple of 32 * TP, so no layout pads it further.
@@ -29,7 +29,7 @@ MODEL = """
     --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01
     --normalization RMSNorm --qk-layernorm --swiglu --position-embedding-type rope
     --disable-bias-linear --untie-embeddings-and-output-weights
-    --seq-length 32 --max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 8
+    --seq-length 32 --max-position-embeddings 32 --micro-batch-size 1 --global-batch-size 4
     --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 32
     --mock-data --num-workers 0 --eval-iters 0 --eval-interval 1000
     --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-decay-iters 20 --lr-warmup-iters 2
@@ -66,9 +66,20 @@ LAYOUTS = {
 Runs = dict[str, Result]
 
 
+def expert_norms(probe: Probe) -> list[float]:
+    """Norms of the first layer's experts on this rank, as they were initialised."""
+    return [
+        float(parameter.norm())
+        for chunk in probe.model
+        for name, parameter in chunk.named_parameters()
+        if "layers.0.mlp.experts" in name and "fc1" in name
+    ]
+
+
 def _base(name: str, layout: str, folder: Path, dropout: list[str]) -> Job:
     save = ["--save", str(folder / name), "--save-interval", str(SAVE_INTERVAL)]
-    return Job(name, [*MODEL, *dropout, *layout.split(), *save])
+    argv = [*MODEL, *dropout, *layout.split(), *save]
+    return Job(name, argv, after_setup="tests.megatron.test_cpu_backend:expert_norms")
 
 
 def _continued(name: str, base: str, layout: str, folder: Path, dropout: list[str]) -> Job:
@@ -88,7 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     ]
     for name, (base, layout) in LAYOUTS.items():
         jobs.append(_continued(name, base, layout, folder, NO_DROPOUT))
-    return run_jobs(4, jobs, timeout=300, directory=folder / "driver")
+    return run_jobs(4, jobs, timeout=600, directory=folder / "driver")
 
 
 def _assert_continues(run: Result, base: Result) -> None:
@@ -119,6 +130,13 @@ def test_a_resumed_run_draws_the_dropout_it_would_have_drawn(runs: Runs) -> None
 def test_the_model_learns(runs: Runs) -> None:
     for base in ("EP1", "EP2", "dropout"):
         assert runs[base].losses[-1] < runs[base].losses[0] - 0.1
+
+
+@pytest.mark.slow
+def test_every_expert_starts_with_weights_of_its_own(runs: Runs) -> None:
+    first, second, *_ = runs["EP2"].after_setup
+    # Ranks 0 and 1 hold experts 0, 1 and 2, 3; with --use-cpu-initialization they would be twins.
+    assert len({*first, *second}) == 4
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def test_clones_stand_where_the_order_says(order, factor: int, expected: list[tu
     assert [(experts.source(e), experts.clone_index(e)) for e in range(experts.num_target)] == expected
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 5), st.sampled_from(["interleave", "append"]))
 def test_targets_invert_the_map_and_the_original_comes_first(num_source: int, factor: int, order) -> None:
     experts = ExpertMap(num_source, factor, order)
@@ -31,7 +31,7 @@ def test_targets_invert_the_map_and_the_original_comes_first(num_source: int, fa
     assert sorted(t for s in range(num_source) for t in experts.targets(s)) == list(range(num_source * factor))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(2, 4))
 def test_interleaved_clones_stay_on_the_expert_parallel_rank_of_their_original(
     ranks: int, experts_per_rank: int, factor: int

@@ -55,7 +55,7 @@ def test_copies_spread_evenly_over_the_layers_between_the_skipped_ends(
     assert _make(stacking, size).sources == stacked
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(sizes())
 def test_any_target_is_met_and_no_layer_has_two_copies_more_than_another(size: dict[str, int]) -> None:
     for make in (interposition, stacking):
@@ -69,7 +69,7 @@ def test_any_target_is_met_and_no_layer_has_two_copies_more_than_another(size: d
         assert min(grown) >= 1
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(sizes())
 def test_interposition_keeps_the_order_of_layers_and_stacking_begins_with_the_base(size: dict[str, int]) -> None:
     interposed, stacked = _make(interposition, size), _make(stacking, size)
@@ -79,7 +79,7 @@ def test_interposition_keeps_the_order_of_layers_and_stacking_begins_with_the_ba
     assert sorted(stacked.sources) == list(interposed.sources)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(sizes())
 def test_targets_and_copy_index_invert_the_map(size: dict[str, int]) -> None:
     for make in (interposition, stacking):

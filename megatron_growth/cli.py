@@ -1,0 +1,162 @@
+"""The `megatron-growth` command: `plan` what growth would do, `inspect` a checkpoint, run the `demo`.
+
+A skin over the library: each command is a few lines. `plan` and `inspect` only read; growing happens in
+`python -m megatron_growth.pretrain`, while Megatron loads. Exit codes: 0 done, 2 for the user to put right.
+"""
+
+import json
+import logging
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from megatron_growth.checkpoint.norms import LayerScale, scale_bytes, weight_scales
+from megatron_growth.checkpoint.reader import plan_for
+from megatron_growth.checkpoint.source import SourceCheckpoint, iteration_directory
+from megatron_growth.config import BaseConfig, load_config
+from megatron_growth.errors import ConfigError, GrowthError
+from megatron_growth.planning.plan import GrowthPlan
+from megatron_growth.report.growth import growth_report
+from megatron_growth.report.inspection import checkpoint_directory, inspect_checkpoint, known_tensors
+from megatron_growth.report.plot import check_path, plot_scales
+from megatron_growth.report.tables import print_growth, print_inspection
+
+app = typer.Typer(
+    help="Grow a Mixture-of-Experts checkpoint while Megatron loads it, and train on.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line, and exit."""
+    try:
+        app(None if argv is None else list(argv), prog_name="megatron-growth")
+    except GrowthError as error:
+        message = " ".join(str(error).splitlines())
+        print(f"megatron-growth: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="Growth configuration, a YAML file.", show_default=False)],
+    load: Annotated[
+        Path | None, typer.Option(help="Base checkpoint directory, instead of the file's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what growth would make of a base checkpoint; reads no weights and writes nothing."""
+    experiment = load_config(config)
+    with _quiet():
+        source = SourceCheckpoint(_base_directory(experiment.base, load, config))
+        made = plan_for(source, experiment.growth)
+        arguments = _target_arguments(made, source.args)
+        report = growth_report(source, experiment.growth, made, arguments)
+    if as_json:
+        _print_json(report.document())
+    else:
+        print_growth(Console(), report)
+
+
+@app.command("inspect")
+def inspect_command(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Megatron checkpoint directory, or one iter_* in it.", show_default=False)
+    ],
+    plot: Annotated[Path | None, typer.Option(help="Write the weight scale by layer as a figure.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a checkpoint holds, whether it can be grown, and the weight scale of its layers."""
+    if plot:
+        check_path(plot)  # before the weights are read, which takes its time
+    with _quiet():
+        source = SourceCheckpoint(checkpoint_directory(checkpoint))
+        inspection = inspect_checkpoint(source, _measured(source))
+    if plot:
+        plot_scales(
+            inspection.scales, plot, f"Weight scale by layer, {'/'.join(source.directory.parts[-2:])}"
+        )
+    if as_json:
+        _print_json(inspection.document())
+    else:
+        print_inspection(Console(), inspection)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for everything it makes.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, to see that it runs.")] = False,
+) -> None:
+    """Train a tiny base, grow it, and train on, without a GPU."""
+    from megatron_growth.demo import run  # brings Megatron in
+
+    run(out, quick)
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    if show_version:
+        print(f"megatron-growth {version('megatron-growth')}")
+        raise typer.Exit
+
+
+# -- what the commands share ---------------------------------------------------------------------------------
+
+
+def _base_directory(base: BaseConfig, load: Path | None, config: Path) -> Path:
+    directory = load or base.load
+    if directory is None:
+        raise ConfigError(f"{config} names no base checkpoint; set base.load in it or give --load")
+    return iteration_directory(directory, base.iteration)
+
+
+def _target_arguments(made: GrowthPlan, base_args: Namespace | None) -> list[str] | None:
+    if base_args is None:
+        return None
+    from megatron_growth.training.arguments import target_arguments  # brings Megatron in
+
+    return target_arguments(made, base_args)
+
+
+def _measured(source: SourceCheckpoint) -> tuple[LayerScale, ...]:
+    """Weight scales, with a progress bar where someone watches."""
+    tensors = known_tensors(source)
+    console = Console(stderr=True)
+    columns = TextColumn("reading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=scale_bytes(tensors))
+        return weight_scales(source, tensors, lambda nbytes: progress.advance(task, nbytes))
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, allow_nan=False))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch and Megatron say on import about CUDA and Apex: none of it matters here."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)

@@ -1,0 +1,65 @@
+"""The demo's training script, as a user has one: Megatron's `pretrain()` on a GPT model. It knows nothing of growth.
+
+    torchrun ... -m megatron_growth.demo.train <arguments>                                        base and scratch
+    torchrun ... -m megatron_growth.run .../demo/train.py --growth-config FILE <arguments>        grown
+
+Two options are its own: where to record the curves, and at which sample of the training data to begin.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_growth.training import cpu_backend
+
+
+def main() -> None:
+    """Run this rank."""
+    words = sys.argv[1:]
+    if cpu_backend.needed():
+        cpu_backend.install()  # before megatron is imported; nothing where megatron_growth.run has done it
+        words += cpu_backend.arguments(words)
+
+    from megatron_growth.demo.recorder import recording
+    from megatron_growth.training import gpt
+
+    own = _add_options(argparse.ArgumentParser(allow_abbrev=False)).parse_known_args(words)[0]
+    with recording(own.record), _first_sample(own.first_sample):
+        gpt.run(words, extra_args_provider=_add_options)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = parser.add_argument_group("demo")
+    group.add_argument("--record", type=Path, help="File to append the losses to, as lines of JSON.")
+    group.add_argument("--first-sample", type=int, default=0, help="Training samples to pass over.")
+    return parser
+
+
+@contextmanager
+def _first_sample(number: int) -> Iterator[None]:
+    """Begin at that sample of the training data.
+
+    Megatron counts the samples that a run has consumed and has no option to begin elsewhere than at 0. It reads the
+    count after the model is set up (training/training.py 4539 in 0.19.2).
+    """
+    from megatron.training import get_args, training
+
+    original = training.setup_model_and_optimizer
+
+    def setup(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        get_args().consumed_train_samples += number
+        return result
+
+    training.setup_model_and_optimizer = setup
+    try:
+        yield
+    finally:
+        training.setup_model_and_optimizer = original
+
+
+if __name__ == "__main__":
+    main()
