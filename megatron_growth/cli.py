@@ -106,15 +106,20 @@ def demo(
     run(out, quick)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"megatron-growth {version('megatron-growth')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     show_version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    if show_version:
-        print(f"megatron-growth {version('megatron-growth')}")
-        raise typer.Exit
+    """What stands before the command."""
 
 
 # -- what the commands share ---------------------------------------------------------------------------------

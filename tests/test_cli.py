@@ -87,7 +87,7 @@ def test_plan_json_is_one_document_that_counts_the_bases_own_tensors(run, base, 
     assert re.fullmatch("[0-9a-f]{64}", document["fingerprint"])
     assert document["noise"] == {"experts": 0.01, "router": 0.01, "stream_version": 1}
     assert document["architecture"]["num_experts"] == {"source": 4, "target": 8}
-    assert ["--num-experts", "8"] == sliced(document["arguments"], "--num-experts")
+    assert sliced(document["arguments"], "--num-experts") == ["--num-experts", "8"]
 
     tensors = bases.tensors(MODEL)
     model = {k: t for k, t in tensors.items() if not k.startswith("optimizer.") and "expert_bias" not in k}

@@ -44,7 +44,7 @@ INHERITED = (
     "moe_router_bias_update_rate", "moe_expert_capacity_factor", "moe_token_drop_policy",
     "moe_pad_expert_input_to_capacity", "moe_token_dispatcher_type", "moe_router_dtype",
     "mtp_loss_scaling_factor", "calculate_per_token_loss", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
-    "seed",
+    "seed", "padded_vocab_size",
 )  # fmt: skip
 
 # Options that only make sense together: the base's where the user gives none of a family.
@@ -54,7 +54,7 @@ FAMILIES = (
      "lr_warmup_init"),
     ("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
     ("tokenizer_type", "tokenizer_model", "vocab_size", "vocab_file", "merge_file", "make_vocab_size_divisible_by",
-     "tiktoken_pattern", "tiktoken_num_special_tokens", "special_tokens", "padded_vocab_size"),
+     "tiktoken_pattern", "tiktoken_num_special_tokens", "special_tokens"),
 )  # fmt: skip
 
 
@@ -102,7 +102,19 @@ def completed(argv: Sequence[str], model: argparse.Namespace) -> list[str]:
     missing = [name for name in (*ARCHITECTURE, *INHERITED) if name not in given]
     for family in FAMILIES:
         missing += [] if given.keys() & set(family) else family
-    return [*argv, *render({name: getattr(model, name) for name in missing if hasattr(model, name)})]
+    derived = _derived(model, given.get("tensor_model_parallel_size", 1))
+    return [*argv, *render({n: getattr(model, n) for n in missing if hasattr(model, n) and n not in derived})]
+
+
+def _derived(model: argparse.Namespace, tensor_parallel: int) -> set[str]:
+    """Arguments that are better left to upstream to fill in."""
+    derived = set()
+    if getattr(model, "weight_decay_incr_style", None) == "constant":  # validate_args refuses them beside it
+        derived |= {"start_weight_decay", "end_weight_decay"}
+    # The base's padding keeps the softmax as it was; upstream pads anew for each TP. Rows must split evenly, though.
+    if (getattr(model, "padded_vocab_size", None) or 0) % tensor_parallel:
+        derived.add("padded_vocab_size")
+    return derived
 
 
 def _check_agrees(name: str, given: Any, planned: Any, num_layers: int) -> None:

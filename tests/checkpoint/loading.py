@@ -29,7 +29,7 @@ def load_all(reader: StorageReader) -> tuple[dict[str, torch.Tensor], dict[str, 
 
 
 def _planner() -> dcp.DefaultLoadPlanner:
-    return dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    return dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
 
 def load_tensors(reader: StorageReader, *keys: str) -> list[torch.Tensor]:

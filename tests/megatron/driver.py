@@ -186,7 +186,7 @@ def _rank() -> int:
 
 
 def _run(job: Job, directory: Path) -> None:
-    from megatron_growth.training import cpu_backend, gpt
+    from megatron_growth.training import cpu_backend, entry, gpt
 
     print(f"job {job.name}", flush=True)
     started, recorder = time.monotonic(), _Recorder(job)
@@ -195,7 +195,10 @@ def _run(job: Job, directory: Path) -> None:
             stack.enter_context(_function(name)(job.options))
         stack.enter_context(recorder.listening())
         with _normal_exit_is_the_end():
-            gpt.run([*job.argv, *cpu_backend.arguments(job.argv)])
+            if "--growth-config" in job.argv:
+                entry.train(job.argv, gpt.run)
+            else:
+                gpt.run([*job.argv, *cpu_backend.arguments(job.argv)])
         report = recorder.report(time.monotonic() - started)
     (directory / f"{job.name}.{_rank()}.json").write_text(json.dumps(report), encoding="utf-8")
     del recorder

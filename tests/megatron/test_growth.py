@@ -1,0 +1,180 @@
+"""The whole road: Megatron trains a base, its loader reads the grown view at another layout, training goes on.
+
+Two bases, one for each key form and each saved at a layout of its own, are grown into many layouts. After each load
+every rank compares every parameter it holds, bit for bit, with the definition. One torchrun runs it all.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.megatron.driver import Job, JobFailed, Result, run_jobs
+from tests.megatron.test_cpu_backend import EP2, EP4, ETP1, ETP2, MODEL, NO_DROPOUT, PP2, TP2
+
+VPP2 = "--num-layers-per-virtual-pipeline-stage 2"
+INTERPOSED = [0, 0, 1, 1, 2, 2, 3, 3]
+DEPTH: dict[str, Any] = {"method": "interposition", "factor": 2}
+WIDTH: dict[str, Any] = {"factor": 2, "order": "interleave"}
+EXACT_WIDTH: dict[str, Any] = {**WIDTH, "noise": {"experts": 0, "router": 0}}
+
+# What a run that loads must give itself: layout, batch and data; the rest is the base's.
+RUN = """
+    --micro-batch-size 1 --global-batch-size 8 --mock-data --num-workers 0 --eval-iters 0 --eval-interval 1000
+    --train-iters 9 --log-interval 1 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
+    --check-weight-hash-across-dp-replicas-interval 1 --lr 1e-3 --lr-decay-style constant --vocab-size 127
+    --tokenizer-type NullTokenizer
+""".split()
+
+# A first dense layer, an MTP module: keys by layer, and experts that depth growth must not touch.
+MIXED = "--moe-layer-freq ([0]+[1]*3) --mtp-num-layers 1"
+BASES = {"stacked": f"{PP2} {EP2}", "mixed": f"{TP2} {EP2} {ETP1} {MIXED}"}
+
+# name -> base, layout, growth.
+LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "TP2 EP2 ETP1": ("stacked", f"{TP2} {EP2} {ETP1}", {"depth": DEPTH, "width": WIDTH}),
+    "TP2 ETP2": ("stacked", f"{TP2} {ETP2}", {"depth": DEPTH, "width": WIDTH}),
+    "PP2 VPP2": ("stacked", f"{PP2} {VPP2}", {"depth": DEPTH, "width": WIDTH}),
+    "PP2 EP2": ("stacked", f"{PP2} {EP2}", {"depth": DEPTH, "width": WIDTH}),
+    "EP4": ("stacked", EP4, {"depth": DEPTH, "width": WIDTH}),
+    "EP4, appended threefold": ("stacked", EP4, {"width": {"factor": 3, "order": "append"}}),
+    "PP2 EP2, moments": ("stacked", f"{PP2} {EP2}", {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"}),
+    "TP2 ETP2, moments": ("stacked", f"{TP2} {ETP2}", {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"}),
+    "EP2, stacked to per-layer": ("stacked", f"{EP2} --moe-layer-freq [1]*8", {"depth": DEPTH, "width": WIDTH}),
+    "mixed TP2 EP2": ("mixed", f"{TP2} {EP2} {ETP1}", {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"}),
+    "mixed PP2 EP2": ("mixed", f"{PP2} {EP2}", {"depth": DEPTH, "width": WIDTH}),
+}
+# Growth that keeps the function: name -> growth.
+EXACT = {
+    "width, no noise": {"width": EXACT_WIDTH},
+    "depth, zero output": {"depth": {**DEPTH, "new_layer_init": "zero_output"}},
+    "both, exact": {"depth": {**DEPTH, "new_layer_init": "zero_output"}, "width": EXACT_WIDTH},
+}
+
+
+def _config(path: Path, base: Path, growth: dict[str, Any]) -> str:
+    content = {"base": {"load": str(base)}, "growth": {"optimizer": "reset", **growth}}
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def _options(base: Path, growth: dict[str, Any], *, stacked: bool) -> dict[str, Any]:
+    """What `probes.compare` must know: the growth again, in the definition's words."""
+    depth, width = growth.get("depth", {}), growth.get("width")
+    noise = (width or {}).get("noise", {"experts": 0.01})
+    return {
+        "base": str(base),
+        "layers": INTERPOSED if depth else list(range(4)),
+        "factor": width["factor"] if width else 1,
+        "order": width["order"] if width else "interleave",
+        "alpha": noise["experts"],
+        "zero_output": depth.get("new_layer_init") == "zero_output",
+        "optimizer": growth.get("optimizer", "reset"),
+        "stacked": stacked,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("growth")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, Result]:
+    base = {name: folder / name for name in BASES}
+    jobs = [
+        Job(name, [*MODEL, *NO_DROPOUT, *layout.split(), "--save", str(base[name]), "--save-interval", "6"])
+        for name, layout in BASES.items()
+    ]
+    for name, (source, layout, growth) in LAYOUTS.items():
+        file = _config(folder / f"{name}.yaml", base[source], growth)
+        options = _options(base[source], growth, stacked=source == "stacked" and "--moe-layer-freq" not in layout)
+        jobs.append(Job(name, ["--growth-config", file, *RUN, *layout.split()],
+                        after_setup="tests.megatron.probes:compare", options=options))  # fmt: skip
+    plain = [*MODEL, *NO_DROPOUT, *EP2.split(), "--load", str(base["stacked"])]
+    jobs.append(Job("base again", plain, after_setup="tests.megatron.probes:logits",
+                    options={"logits": str(folder / "base.pt")}))  # fmt: skip
+    for name, growth in EXACT.items():
+        file = _config(folder / f"{name}.yaml", base["stacked"], growth)
+        options = {**_options(base["stacked"], growth, stacked=True), "logits": str(folder / f"{name}.pt")}
+        jobs.append(Job(name, ["--growth-config", file, *RUN, *EP2.split()],
+                        after_setup="tests.megatron.probes:compare_and_logits", options=options))  # fmt: skip
+    jobs += _started_twice(folder, base["stacked"])
+    return run_jobs(4, jobs, timeout=420, directory=folder / "driver")
+
+
+def _started_twice(folder: Path, base: Path) -> list[Job]:
+    """The same command line twice: it grows, trains to 8 and stops; then it must go on from 8."""
+    file = _config(folder / "twice.yaml", base, {"depth": DEPTH, "width": WIDTH})
+    argv = ["--growth-config", file, *RUN, *EP2.split(), "--train-iters", "12", "--save", str(folder / "twice")]
+    return [
+        Job("first start", [*argv, "--exit-interval", "8"]),
+        Job("second start", argv, after_setup="tests.megatron.probes:iteration"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LAYOUTS, *EXACT])
+def test_every_loaded_parameter_of_every_rank_is_the_definitions(name: str, runs: dict[str, Result]) -> None:
+    ranks = runs[name].after_setup
+    assert [rank["wrong"] for rank in ranks] == [[], [], [], []]
+    assert min(rank["elements"] for rank in ranks) > 10_000
+    held = {key for rank in ranks for key in rank["held"]}
+    assert {key.split(".")[-2] for key in held} >= {"word_embeddings", "router", "linear_fc1", "linear_qkv"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_training_goes_on_with_a_finite_falling_loss(name: str, runs: dict[str, Result]) -> None:
+    run = runs[name]
+    assert run.iterations == [7, 8, 9]
+    assert all(map(math.isfinite, run.losses + run.grad_norms))
+    assert run.losses[-1] < run.losses[0]
+
+
+@pytest.mark.slow
+def test_layouts_train_alike(runs: dict[str, Result]) -> None:
+    """Loss and gradient norm of the first step: the same model, cut in five ways."""
+    names = ["TP2 EP2 ETP1", "TP2 ETP2", "PP2 VPP2", "PP2 EP2", "EP4"]
+    for name in names[1:]:
+        assert runs[name].losses == pytest.approx(runs[names[0]].losses, rel=1e-5)
+        assert runs[name].grad_norms == pytest.approx(runs[names[0]].grad_norms, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXACT)
+def test_growth_without_noise_keeps_the_logits_of_real_text(
+    name: str, runs: dict[str, Result], folder: Path
+) -> None:
+    assert runs[name].iterations
+    before, after = torch.load(folder / "base.pt"), torch.load(folder / f"{name}.pt")
+    assert before.shape == after.shape
+    # fp32; a token's expert outputs are summed in another order.
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-6 * float(before.abs().max()))
+
+
+@pytest.mark.slow
+def test_depth_with_zero_output_keeps_the_logits_to_the_bit(runs: dict[str, Result], folder: Path) -> None:
+    assert runs["depth, zero output"].iterations
+    assert torch.equal(torch.load(folder / "base.pt"), torch.load(folder / "depth, zero output.pt"))
+
+
+@pytest.mark.slow
+def test_a_second_start_resumes_and_does_not_grow_again(runs: dict[str, Result], folder: Path) -> None:
+    assert runs["first start"].iterations == [7, 8]
+    assert runs["second start"].iterations == [9, 10, 11, 12]
+    assert runs["second start"].after_setup == [{"num_layers": 8, "load": str(folder / "twice")}] * 4
+    written = json.loads((folder / "twice" / "growth_manifest.json").read_text())
+    assert (written["iteration"], written["plan"]["target"]["num_layers"]) == (6, 8)
+    log = (folder / "driver" / "log.txt").read_text()
+    assert "holds iter_0000008: resuming it as it is, nothing is grown" in log
+
+
+@pytest.mark.slow
+def test_the_base_is_untouched(runs: dict[str, Result], folder: Path) -> None:
+    assert sorted(p.name for p in (folder / "stacked").iterdir()) == [
+        "iter_0000006", "latest_checkpointed_iteration.txt"]  # fmt: skip
