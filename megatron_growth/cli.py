@@ -22,13 +22,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from megatron_growth.checkpoint.norms import LayerScale, scale_bytes, weight_scales
 from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import SourceCheckpoint, iteration_directory
-from megatron_growth.config import BaseConfig, load_config
+from megatron_growth.checkpoint.verify import Verification, verify
+from megatron_growth.config import BaseConfig, GrowthConfig, load_config
 from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.planning.plan import GrowthPlan
 from megatron_growth.report.growth import growth_report
 from megatron_growth.report.inspection import checkpoint_directory, inspect_checkpoint, known_tensors
 from megatron_growth.report.plot import check_path, plot_scales
 from megatron_growth.report.tables import print_growth, print_inspection
+from megatron_growth.report.verification import print_verification, verification_document
 
 app = typer.Typer(
     help="Grow a Mixture-of-Experts checkpoint while Megatron loads it, and train on.",
@@ -95,6 +97,29 @@ def inspect_command(
         print_inspection(Console(), inspection)
 
 
+@app.command("verify")
+def verify_command(
+    base: Annotated[Path, typer.Argument(help="Base checkpoint directory, or one iter_* in it.", show_default=False)],
+    grown: Annotated[
+        Path | None, typer.Argument(help="Grown checkpoint, not yet trained on; the view of the base by default.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="How it was grown, instead of the manifest beside it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a grown checkpoint is, bit for bit, what its plan makes of the base; exit 1 where it is not."""
+    growth = load_config(config).growth if config else None
+    with _quiet():
+        result = _verified(checkpoint_directory(base), grown and checkpoint_directory(grown), growth)
+    if as_json:
+        _print_json(verification_document(result))
+    else:
+        print_verification(Console(), result)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for everything it makes.")] = Path("runs/demo"),
@@ -148,6 +173,16 @@ def _measured(source: SourceCheckpoint) -> tuple[LayerScale, ...]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=scale_bytes(tensors))
         return weight_scales(source, tensors, lambda nbytes: progress.advance(task, nbytes))
+
+
+def _verified(base: Path, grown: Path | None, growth: GrowthConfig | None) -> Verification:
+    """The verification, with a progress bar where someone watches."""
+    console = Console(stderr=True)
+    columns = TextColumn("comparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        show = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
+        return verify(base, grown, growth=growth, on_progress=show)
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -182,7 +182,8 @@ def test_inspect_takes_the_iteration_directory_as_well(run, base):
 
 @pytest.mark.parametrize("stacked", [True, False])
 def test_weight_scales_are_the_rms_of_each_layers_matrices(tmp_path, stacked):
-    model = bases.Model(layers=3, stacked=stacked, dense=() if stacked else (0,))
+    dense = () if stacked else (0,)
+    model = bases.Model(layers=3, stacked=stacked, dense=dense, states=MODEL.states)
     source = SourceCheckpoint(written(tmp_path, model) / "iter_0000007")
     read: list[int] = []
     scales = norms.weight_scales(source, source.tensors, read.append)

@@ -3,8 +3,8 @@
 Floating-point sums depend on their order, and the order on how the base was sharded; noise scaled by such a sigma
 would differ in its last bits between layouts. So the values are first put on a grid, 2^-16 of the power of two above
 the largest magnitude, which makes them integers of at most 17 bits. Their sums and sums of squares are integers too,
-exact in fp64 for a block and in Python's integers beyond. The grid moves sigma by less than 1e-6 of itself unless
-single outliers are thousands of times larger than sigma.
+exact in fp64 for a block and in Python's integers beyond. The grid moves sigma by some 1e-6 of itself, unless single
+outliers are more than a hundred times larger than sigma.
 """
 
 import math

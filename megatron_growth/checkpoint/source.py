@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import StorageReader
 
@@ -191,9 +191,13 @@ def _read_metadata(directory: Path, reader: StorageReader) -> Metadata:
         return reader.read_metadata()
     except Exception as error:  # unpickling damaged bytes can raise anything
         raise CheckpointError(
-            f"the .metadata of checkpoint {str(directory)!r} cannot be read ({type(error).__name__}: {error}); "
+            f"the .metadata of checkpoint {str(directory)!r} cannot be read ({_one_line(error)}); "
             "its save did not finish or it is damaged: use another iteration"
         ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _check_files(directory: Path, metadata: Metadata) -> None:
@@ -233,27 +237,29 @@ def load_common_state(directory: Path, metadata: Metadata, reader: StorageReader
             return dict(state[0] if isinstance(state, list | tuple) else state)
         if legacy.is_file():
             return dict(torch.load(legacy, map_location="cpu", weights_only=False))
-    except Exception as error:  # as above
+    except (Exception, CheckpointException) as error:  # as above; torch's own is a BaseException of many lines
+        cause = next((e for e, _ in getattr(error, "failures", {}).values()), error)
         raise CheckpointError(
-            f"the common state of checkpoint {str(directory)!r} cannot be read ({type(error).__name__}: {error}); "
+            f"the common state of checkpoint {str(directory)!r} cannot be read ({_one_line(cause)}); "
             "it is damaged: use another iteration"
         ) from None
     return None
 
 
 def _architecture(source: SourceCheckpoint) -> Architecture:
-    tensors, args = source.tensors, source.args
-    depths, widths = dict(_layers_in(tensors)), dict(_experts_in(tensors))
-    form: KeyForm = "stacked" if any(t.key.is_stacked for t in tensors.values()) else "per_layer"
-    if not depths:
-        raise CheckpointError(
-            f"checkpoint {str(source.directory)!r} has no decoder.layers tensor; it is no GPT model that can be grown"
-        )
+    args = source.args
     pattern = getattr(args, "hybrid_layer_pattern", None)
     if pattern:
         raise CheckpointError(
             f"checkpoint {str(source.directory)!r} is a hybrid model (pattern {pattern!r}), which cannot be grown yet; "
             "grow a GPT model"
+        )
+    tensors = source.tensors  # a hybrid model has keys that the grammar refuses, hence after
+    depths, widths = dict(_layers_in(tensors)), dict(_experts_in(tensors))
+    form: KeyForm = "stacked" if any(t.key.is_stacked for t in tensors.values()) else "per_layer"
+    if not depths:
+        raise CheckpointError(
+            f"checkpoint {str(source.directory)!r} has no decoder.layers tensor; it is no GPT model that can be grown"
         )
     num_layers, num_experts = max(depths), max(widths, default=0)
     _agree(num_layers, args, "num_layers", depths)

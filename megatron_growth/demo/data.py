@@ -1,11 +1,13 @@
-"""Real text that every machine has: the source of Python's standard library, one token for each byte.
+"""Real text that every machine has: the source of Python's standard library, a token for each byte.
 
-The files are read in the order of their names, so the data is a function of the Python version alone. Test suites are
-left out, for not every installation has them, and so are tables that are text in name only. Byte 255 stands in no
-UTF-8 text; here it ends a document, as the last of 256 tokens, which is where Megatron's `NullTokenizer` expects it.
+The files are read in the order of their names, so the data is a function of the Python version
+alone. Test suites are left out, for not every installation has them, and so are tables that are
+text in name only. Byte 255 stands in no UTF-8 text; here it ends a document. It is the last of 256
+tokens, which is where Megatron's `NullTokenizer` expects the end of a document.
 
-Which files are held out goes by a hash of their names. Of each a piece from its middle is taken, so that the held-out
-set is small, is read whole at every evaluation, and still speaks for many files.
+Which files are held out goes by a hash of their names. Of each, a piece from its middle is taken,
+so that the held-out set is small, is read whole at every evaluation, and still speaks for many
+files.
 """
 
 import hashlib
@@ -18,11 +20,11 @@ from megatron_growth.errors import GrowthError
 
 VOCABULARY = 256
 END_OF_DOCUMENT = 255
-_END = bytes([END_OF_DOCUMENT])
 
-_LEFT_OUT = frozenset(
-    ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3")
-)
+_INSTALLED = {"site-packages", "dist-packages"}
+_TESTS = {"test", "tests", "idle_test"}
+_TABLES = {"encodings", "pydoc_data"}
+_LEFT_OUT = frozenset(_INSTALLED | _TESTS | _TABLES)
 _HELDOUT_SHARE = 0.1
 _PIECE = 1024  # bytes of a held-out file
 
@@ -33,7 +35,9 @@ class Document:
 
     name: str
     """Path below the standard library, with forward slashes."""
+
     text: bytes
+    """Its bytes, without an end of document."""
 
     @property
     def held_out(self) -> bool:
@@ -44,7 +48,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The two datasets on disk, by the prefix of their `.bin` and `.idx` files, and their sizes in tokens."""
+    """The two datasets on disk, by the prefix of their `.bin` and `.idx` files."""
 
     train: Path
     heldout: Path
@@ -68,12 +72,14 @@ def prepare(directory: Path, heldout_tokens: int, library: Path | None = None) -
     library = library or Path(sysconfig.get_path("stdlib"))
     documents = list(read_documents(library))
     train = [document.text for document in documents if not document.held_out]
-    heldout = list(pieces((document.text for document in documents if document.held_out), heldout_tokens))
+    kept_back = (document.text for document in documents if document.held_out)
+    heldout = list(pieces(kept_back, heldout_tokens))
     found = sum(map(_num_tokens, heldout))
     if not train or found < heldout_tokens:
         raise GrowthError(
-            f"{str(library)!r} holds {len(documents)} Python files, {found} held-out tokens of {heldout_tokens} needed; "
-            "the demo needs a Python with the source of its standard library"
+            f"{str(library)!r} holds {len(documents)} Python files, and {found} of the "
+            f"{heldout_tokens} held-out tokens that the demo needs; run it with a Python that has "
+            "the source of its standard library"
         )
     directory.mkdir(parents=True, exist_ok=True)
     return Corpus(
@@ -97,13 +103,17 @@ def read_documents(library: Path) -> Iterator[Document]:
 
 
 def pieces(texts: Iterable[bytes], num_tokens: int) -> Iterator[bytes]:
-    """A piece from the middle of each text, until there are that many tokens; the last one is cut to fit."""
+    """A piece from the middle of each text, until there are that many tokens, the last cut to fit.
+
+    A piece of n bytes makes n + 1 tokens, its end of document counted.
+    """
     left = num_tokens
     for text in texts:
+        if left == 0:
+            return
         start = max(0, (len(text) - _PIECE) // 2)
         piece = text[start : start + min(_PIECE, left - 1)]
-        if left > 1:
-            yield piece
+        yield piece
         left -= _num_tokens(piece)
 
 
@@ -111,15 +121,17 @@ def write_dataset(prefix: Path, texts: Iterable[bytes]) -> int:
     """Write Megatron's indexed dataset, one document for each text; returns its size in tokens."""
     import numpy
     import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
+    from megatron.core.datasets import indexed_dataset
 
-    builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=numpy.uint8)
+    binary = indexed_dataset.get_bin_path(str(prefix))
+    builder = indexed_dataset.IndexedDatasetBuilder(binary, dtype=numpy.uint8)
     total = 0
     for text in texts:
-        builder.add_item(torch.frombuffer(bytearray(text) + _END, dtype=torch.uint8))
+        tokens = torch.frombuffer(bytearray([*text, END_OF_DOCUMENT]), dtype=torch.uint8)
+        builder.add_item(tokens)
         builder.end_document()
         total += _num_tokens(text)
-    builder.finalize(get_idx_path(str(prefix)))
+    builder.finalize(indexed_dataset.get_idx_path(str(prefix)))
     return total
 
 

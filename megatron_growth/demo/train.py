@@ -1,9 +1,14 @@
-"""The demo's training script, as a user has one: Megatron's `pretrain()` on a GPT model. It knows nothing of growth.
+"""The demo's training script, as a user has one: Megatron's `pretrain()` on a GPT model.
 
-    torchrun ... -m megatron_growth.demo.train <arguments>                                        base and scratch
-    torchrun ... -m megatron_growth.run .../demo/train.py --growth-config FILE <arguments>        grown
+It knows nothing of growth. Base and scratch are started with
 
-Two options are its own: where to record the curves, and at which sample of the training data to begin.
+    torchrun ... -m megatron_growth.demo.train <arguments>
+
+and the grown model, by the same script unchanged, with
+
+    torchrun ... -m megatron_growth.run .../demo/train.py --growth-config FILE <arguments>
+
+Two options are its own: where to record the losses, and at which training sample to begin.
 """
 
 import argparse
@@ -20,20 +25,21 @@ def main() -> None:
     """Run this rank."""
     words = sys.argv[1:]
     if cpu_backend.needed():
-        cpu_backend.install()  # before megatron is imported; nothing where megatron_growth.run has done it
+        # Before megatron is imported. Under megatron_growth.run both have been done already.
+        cpu_backend.install()
         words += cpu_backend.arguments(words)
 
     from megatron_growth.demo.recorder import recording
     from megatron_growth.training import gpt
 
-    own = _add_options(argparse.ArgumentParser(allow_abbrev=False)).parse_known_args(words)[0]
+    own, _ = _add_options(argparse.ArgumentParser(allow_abbrev=False)).parse_known_args(words)
     with recording(own.record), _first_sample(own.first_sample):
         gpt.run(words, extra_args_provider=_add_options)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("demo")
-    group.add_argument("--record", type=Path, help="File to append the losses to, as lines of JSON.")
+    group.add_argument("--record", type=Path, help="File to append the losses to.")
     group.add_argument("--first-sample", type=int, default=0, help="Training samples to pass over.")
     return parser
 
@@ -42,8 +48,8 @@ def _add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _first_sample(number: int) -> Iterator[None]:
     """Begin at that sample of the training data.
 
-    Megatron counts the samples that a run has consumed and has no option to begin elsewhere than at 0. It reads the
-    count after the model is set up (training/training.py 4539 in 0.19.2).
+    Megatron counts the samples that a run has consumed, and no option sets the count. It reads it
+    once the model is set up (training/training.py 4523 in 0.19.2).
     """
     from megatron.training import get_args, training
 

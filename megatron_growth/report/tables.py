@@ -67,7 +67,9 @@ def _architecture(report: GrowthReport) -> Table:
     table = _table("Architecture", "", "source", "target")
     for row in report.architecture:
         style = "" if row.source == row.target else "bold green"
-        table.add_row(ARCHITECTURE[row.argument], Text(_shown(row.source)), Text(_shown(row.target), style=style))
+        table.add_row(
+            ARCHITECTURE[row.argument], Text(_shown(row.source)), Text(_shown(row.target), style=style)
+        )
     return table
 
 

@@ -36,7 +36,7 @@ def train(argv: Sequence[str], pretrain: Callable[[list[str]], None]) -> None:
         cpu_backend.install()  # before megatron is imported
         words = [*words, *cpu_backend.arguments(words)]
     begin = start.decide(config, words)
-    _say(begin.message)
+    say(begin.message)
     with _hook(begin, config.continue_):
         pretrain(begin.argv)
 
@@ -52,10 +52,11 @@ def _record(begin: start.Start) -> None:
     """The base is in the model: write the manifest beside where the run's checkpoints will be."""
     save = given_arguments(begin.argv).get("save")
     if save and start.is_first_rank():
-        _say(f"grown and loaded; {manifest.write(save, begin.manifest or {})} says how")
+        say(f"grown and loaded; {manifest.write(save, begin.manifest or {})} says how")
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Tell the log, once for all ranks."""
     if start.is_first_rank():
         print(f"megatron_growth: {message}", flush=True)
 

@@ -259,7 +259,7 @@ def train_valid_test_datasets_provider(
     ).build()
 
 
-# Every rank calls the provider, and the builder decides who reads (training/training.py 4536).
+# Every rank calls the provider, and the builder decides who reads (training/training.py 4547).
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
@@ -304,7 +304,7 @@ def _refuse_other_batches(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _command_line(argv: Sequence[str] | None) -> Iterator[None]:
-    """Megatron's parser reads ``sys.argv`` and nothing else (training/arguments.py 116)."""
+    """Megatron's parser reads ``sys.argv`` and nothing else (training/arguments.py 131)."""
     if argv is None:
         yield
         return
@@ -320,7 +320,7 @@ def _command_line(argv: Sequence[str] | None) -> Iterator[None]:
 def _prebuilt_dataset_helpers() -> Iterator[None]:
     """Do not compile what the wheel already holds compiled.
 
-    ``training/initialize.py`` 160 runs ``make`` in ``core/datasets`` and exits when it fails. A
+    ``training/initialize.py`` 178 runs ``make`` in ``core/datasets`` and exits when it fails. A
     checkout of Megatron-LM has the Makefile; the 0.19.2 wheel has the built module instead.
     """
     original = dataset_utils.compile_helpers

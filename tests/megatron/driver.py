@@ -101,15 +101,17 @@ def run_jobs(
         if directory is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
-        todo = {"timeout": timeout, "jobs": [asdict(job) for job in jobs]}
+        # A point in time and not a span, which every rank would count from the end of its imports.
+        todo = {"deadline": time.time() + timeout, "jobs": [asdict(job) for job in jobs]}
         (directory / "jobs.json").write_text(json.dumps(todo), encoding="utf-8")
         code = _torchrun(nproc, directory, timeout)
         if code != 0:
-            raise JobFailed(_first_failure(directory, code))
+            raise JobFailed(_first_failure(directory, code, timeout))
         return {job.name: _merge(directory, job.name, nproc) for job in jobs}
 
 
-def _torchrun(nproc: int, directory: Path, timeout: float) -> int:
+def _torchrun(nproc: int, directory: Path, timeout: float) -> int | None:
+    """The exit status of torchrun; None when it had to be stopped."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(nproc)]
     command += ["-m", "tests.megatron.driver", str(directory / "jobs.json")]
@@ -121,19 +123,24 @@ def _torchrun(nproc: int, directory: Path, timeout: float) -> int:
         try:
             # The ranks end themselves at the timeout; this one is for torchrun itself.
             return process.wait(timeout + 60)
-        except BaseException:
-            process.terminate()  # torchrun passes it on to its ranks
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            process.kill()
-            raise
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun passes it on to its ranks.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
+                process.kill()
 
 
-def _first_failure(directory: Path, code: int) -> str:
+def _first_failure(directory: Path, code: int | None, timeout: float) -> str:
     reports = sorted(directory.glob("failure.*.txt"), key=lambda path: path.stat().st_mtime_ns)
     if reports:
         return reports[0].read_text(encoding="utf-8")
     log = (directory / "log.txt").read_text(encoding="utf-8", errors="replace")
+    _, found, stacks = log.partition("Timeout (")  # How faulthandler begins.
+    if found:
+        return f"not done after {timeout} s; where the ranks stood:\n{stacks[:8000]}"
     return f"torchrun ended with {code} and no rank said why; the end of its output:\n{log[-8000:]}"
 
 
@@ -160,7 +167,7 @@ def main(path: Path) -> None:
     """Run every job of the file on this rank; exit at once, non-zero, at the first failure."""
     todo = json.loads(path.read_text(encoding="utf-8"))
     # A rank that waits for one that died or strayed would wait for the whole NCCL or gloo timeout.
-    faulthandler.dump_traceback_later(todo["timeout"], exit=True)
+    faulthandler.dump_traceback_later(max(1, todo["deadline"] - time.time()), exit=True)
     name = "import"
     try:
         from megatron_growth.training import cpu_backend
@@ -250,7 +257,8 @@ class _Recorder:
                 setattr(training, name, original)
 
     def report(self, seconds: float) -> dict[str, Any]:
-        iterations, losses, norms, rates = [list(column) for column in zip(*self._rows)] or [[]] * 4
+        columns = [list(column) for column in zip(*self._rows, strict=True)]
+        iterations, losses, norms, rates = columns or [[]] * 4
         return {
             "measured": {
                 "iterations": iterations,
@@ -319,6 +327,12 @@ def _destroy_global_state() -> None:
     # Keyed by path alone: a checkpoint written again to the same place would be read stale.
     cached_metadata_filesystem_reader.CachedMetadataFileSystemReader.clear_metadata_cache()
     gc.collect()
+    torch.distributed.barrier()
+    # Megatron forgets its groups without destroying them, and each gloo group keeps threads of its own.
+    world = torch.distributed.group.WORLD
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not world:
+            torch.distributed.destroy_process_group(group)
     torch.distributed.barrier()
 
 

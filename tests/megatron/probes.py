@@ -76,7 +76,7 @@ def compare(probe: Probe) -> dict[str, Any]:
 
 def _shards(probe: Probe) -> list[dict[str, Any]]:
     """The rank's sharded state dicts: one for each model chunk, and the optimizer's where it was loaded."""
-    from megatron.training.utils import unwrap_model
+    from megatron.core.utils import unwrap_model
 
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
     models = [chunk.sharded_state_dict(metadata=metadata) for chunk in unwrap_model(probe.model)]

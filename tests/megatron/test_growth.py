@@ -56,13 +56,13 @@ EXACT = {
 }
 
 
-def _config(path: Path, base: Path, growth: dict[str, Any]) -> str:
+def config_file(path: Path, base: Path, growth: dict[str, Any]) -> str:
     content = {"base": {"load": str(base)}, "growth": {"optimizer": "reset", **growth}}
     path.write_text(yaml.safe_dump(content))
     return str(path)
 
 
-def _options(base: Path, growth: dict[str, Any], *, stacked: bool) -> dict[str, Any]:
+def options(base: Path, growth: dict[str, Any], *, stacked: bool) -> dict[str, Any]:
     """What `probes.compare` must know: the growth again, in the definition's words."""
     depth, width = growth.get("depth", {}), growth.get("width")
     noise = (width or {}).get("noise", {"experts": 0.01})
@@ -91,26 +91,27 @@ def runs(folder: Path) -> dict[str, Result]:
         for name, layout in BASES.items()
     ]
     for name, (source, layout, growth) in LAYOUTS.items():
-        file = _config(folder / f"{name}.yaml", base[source], growth)
-        options = _options(base[source], growth, stacked=source == "stacked" and "--moe-layer-freq" not in layout)
+        file = config_file(folder / f"{name}.yaml", base[source], growth)
+        about = options(base[source], growth, stacked=source == "stacked" and "--moe-layer-freq" not in layout)
         jobs.append(Job(name, ["--growth-config", file, *RUN, *layout.split()],
-                        after_setup="tests.megatron.probes:compare", options=options))  # fmt: skip
+                        after_setup="tests.megatron.probes:compare", options=about))  # fmt: skip
     plain = [*MODEL, *NO_DROPOUT, *EP2.split(), "--load", str(base["stacked"])]
     jobs.append(Job("base again", plain, after_setup="tests.megatron.probes:logits",
                     options={"logits": str(folder / "base.pt")}))  # fmt: skip
     for name, growth in EXACT.items():
-        file = _config(folder / f"{name}.yaml", base["stacked"], growth)
-        options = {**_options(base["stacked"], growth, stacked=True), "logits": str(folder / f"{name}.pt")}
+        file = config_file(folder / f"{name}.yaml", base["stacked"], growth)
+        about = {**options(base["stacked"], growth, stacked=True), "logits": str(folder / f"{name}.pt")}
         jobs.append(Job(name, ["--growth-config", file, *RUN, *EP2.split()],
-                        after_setup="tests.megatron.probes:compare_and_logits", options=options))  # fmt: skip
+                        after_setup="tests.megatron.probes:compare_and_logits", options=about))  # fmt: skip
     jobs += _started_twice(folder, base["stacked"])
-    return run_jobs(4, jobs, timeout=420, directory=folder / "driver")
+    return run_jobs(4, jobs, timeout=1200, directory=folder / "driver")
 
 
 def _started_twice(folder: Path, base: Path) -> list[Job]:
     """The same command line twice: it grows, trains to 8 and stops; then it must go on from 8."""
-    file = _config(folder / "twice.yaml", base, {"depth": DEPTH, "width": WIDTH})
-    argv = ["--growth-config", file, *RUN, *EP2.split(), "--train-iters", "12", "--save", str(folder / "twice")]
+    file = config_file(folder / "twice.yaml", base, {"depth": DEPTH, "width": WIDTH})
+    argv = ["--growth-config", file, *RUN, *EP2.split(), "--train-iters", "12",
+            "--save", str(folder / "twice"), "--save-interval", "100"]  # fmt: skip
     return [
         Job("first start", [*argv, "--exit-interval", "8"]),
         Job("second start", argv, after_setup="tests.megatron.probes:iteration"),

@@ -125,24 +125,22 @@ def _inert(answer: object = None) -> Callable[..., object]:
 
 
 def _local_world_size() -> int:
-    # core/parallel_state.py is set up only where there are devices (training/initialize.py 345).
+    # core/parallel_state.py is set up only where there are devices (training/initialize.py 358).
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 _STREAM = InertStream()
-_PROPERTIES = SimpleNamespace(
-    name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=0
-)
+_PROPERTIES = SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=0)
 
 _TORCH_CUDA: dict[str, object] = {
-    # Which device: core/parallel_state.py, training/initialize.py 277.
+    # Which device: core/parallel_state.py, training/initialize.py 270.
     "current_device": _inert(CPU),
     "device_count": _local_world_size,
     "set_device": _inert(),
     "get_device_capability": _inert((0, 0)),
     "get_device_name": _inert("cpu"),
     "get_device_properties": _inert(_PROPERTIES),
-    # Order of work: core/pipeline_parallel/p2p_communication.py, core/timers.py 98.
+    # Order of work: core/pipeline_parallel/p2p_communication.py, core/timers.py 152.
     "Stream": InertStream,
     "Event": InertEvent,
     "stream": _inert(nullcontext()),

@@ -36,7 +36,7 @@ def _seed_all(seed: int) -> None:
 
 
 # What Megatron calls by these names: the tracker (random.py 390, 417), and the saving and loading
-# of RNG state in a checkpoint (training/checkpointing.py 390 and 2665).
+# of RNG state in a checkpoint (training/checkpointing.py 417 and 2665).
 _TORCH_CUDA: dict[str, object] = {
     "get_rng_state": _get_state,
     "set_rng_state": _set_state,
@@ -50,7 +50,7 @@ def substitute(substitutions: Substitutions) -> None:
     substitutions.replace(tracker, "_set_cuda_rng_state", _set_state)
     substitutions.replace_all(torch.cuda, _TORCH_CUDA)
     substitutions.replace_all(torch.cuda.random, _TORCH_CUDA)
-    # fork() warns when the CPU generator moves inside it (random.py 265). Here that is the point.
+    # fork() warns when the CPU generator moves inside it (random.py 333). Here that is the point.
     logging.getLogger(tracker.__name__).addFilter(_not_about_the_cpu_generator)
 
 

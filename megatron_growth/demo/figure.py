@@ -1,0 +1,71 @@
+"""The demo's curves: held-out and training loss against tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from megatron_growth.demo.results import Curves, Point
+from megatron_growth.demo.settings import TOKENS_PER_STEP
+
+# Colours of Okabe and Ito, told apart by everyone.
+_COLOURS = {"base": "#0072B2", "grown": "#D55E00", "from scratch": "#555555"}
+_STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 10,
+}
+
+
+def plot_curves(base: Curves, grown: Curves, scratch: Curves, path: Path, title: str) -> None:
+    """Write the figure: every token on the left; on the right the large model alone, enlarged."""
+    start, base_loss = base.heldout[-1]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 4.8), layout="constrained")  # a bare Figure draws with Agg
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+        whole, large = figure.subplots(1, 2)
+        for name, curves in (("base", base), ("from scratch", scratch), ("grown", grown)):
+            _draw(whole, name, curves)
+        whole.axvline(_millions(start), color="black", linewidth=0.8, linestyle=":")
+        _finish(whole, "All training tokens", "training tokens, those of the base included")
+        whole.set_ylabel("loss (nats per byte)")
+        _draw(large, "from scratch", scratch)
+        _draw(large, "grown", grown, start)
+        large.axhline(base_loss, color=_COLOURS["base"], linestyle="--", label="base when grown")
+        _finish(large, "The large model: same steps, same samples", "training tokens at this size")
+        large.set_ylim(top=_settled(scratch.train))
+        figure.savefig(path, dpi=160)
+
+
+def _draw(axes: Axes, name: str, curves: Curves, start: int = 0) -> None:
+    colour, heldout = _COLOURS[name], _scaled(curves.heldout, start)
+    axes.plot(*_scaled(curves.train, start), color=colour, alpha=0.3, linewidth=0.8)
+    axes.plot(*heldout, color=colour, marker="o", markersize=4.5, label=name)
+
+
+def _scaled(points: Sequence[Point], start: int) -> tuple[list[float], list[float]]:
+    return [_millions(step - start) for step, _ in points], [loss for _, loss in points]
+
+
+def _millions(steps: int) -> float:
+    return steps * TOKENS_PER_STEP / 1e6
+
+
+def _settled(train: Sequence[Point]) -> float:
+    """Where the first steps from random weights are over; they would flatten all the rest."""
+    return train[len(train) // 6][1]
+
+
+def _finish(axes: Axes, title: str, label: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(f"{label} (millions)")
+    axes.set_xlim(left=0)
+    handles, _ = axes.get_legend_handles_labels()
+    handles.append(Line2D([], [], color="black", alpha=0.3, linewidth=0.8, label="training loss"))
+    axes.legend(handles=handles, frameon=False, loc="upper right", title="held-out loss")

@@ -1,0 +1,78 @@
+"""The whole road on one GPU: bf16, NCCL, Megatron's own optimizer path, nothing of the CPU backend.
+
+With Transformer Engine where it is installed, else with `--transformer-impl local`. What the GPU holds after the load
+is compared bit for bit with the definition, which runs on the CPU: growth gives the same bits on both.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_growth.training import cpu_backend
+from tests.megatron.driver import Job, Result, run_jobs
+from tests.megatron.test_growth import DEPTH, WIDTH, config_file, options
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
+LOCAL = """
+    --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm
+    --no-rope-fusion --attention-backend unfused
+""".split()
+RUN = """
+    --micro-batch-size 1 --global-batch-size 8 --mock-data --num-workers 0 --eval-iters 0 --eval-interval 1000
+    --log-interval 1 --bf16 --tokenizer-type NullTokenizer --vocab-size 127 --lr 1e-3 --lr-decay-style constant
+    --save-interval 6
+""".split()
+MODEL = """
+    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --num-experts 4
+    --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-token-dispatcher-type alltoall --normalization RMSNorm
+    --swiglu --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights
+    --seq-length 32 --max-position-embeddings 32 --moe-aux-loss-coeff 0.01 --hidden-dropout 0
+    --attention-dropout 0 --moe-router-dtype fp32
+""".split()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    folder: Path = tmp_path_factory.mktemp("gpu")
+    base, run = folder / "base", [*RUN, *([] if HAVE_TE else LOCAL)]
+    jobs = [Job("base", [*MODEL, *run, "--train-iters", "6", "--save", str(base)])]
+    for rule in ("reset", "rescale"):
+        growth = {"depth": DEPTH, "width": WIDTH, "optimizer": rule}
+        file = config_file(folder / f"{rule}.yaml", base, growth)
+        jobs.append(
+            Job(
+                rule,
+                ["--growth-config", file, *run, "--train-iters", "12"],
+                after_setup="tests.megatron.probes:compare",
+                options=options(base, growth, stacked=True),
+            )
+        )
+    return run_jobs(1, jobs, timeout=600, directory=folder / "driver")
+
+
+def test_the_cpu_backend_is_off() -> None:
+    assert not cpu_backend.needed()
+    assert cpu_backend.arguments([]) == []
+
+
+@pytest.mark.parametrize("rule", ["reset", "rescale"])
+def test_the_gpu_holds_the_bits_that_the_cpu_computes(rule: str, runs: dict[str, Result]) -> None:
+    (found,) = runs[rule].after_setup
+    assert found["wrong"] == []
+    assert found["elements"] > 100_000
+
+
+@pytest.mark.parametrize("rule", ["reset", "rescale"])
+def test_training_goes_on(rule: str, runs: dict[str, Result]) -> None:
+    assert runs[rule].iterations == [7, 8, 9, 10, 11, 12]
+    assert all(map(math.isfinite, runs[rule].losses))
+    assert runs[rule].losses[-1] < runs[rule].losses[0]
