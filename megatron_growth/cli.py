@@ -1,7 +1,8 @@
-"""The `megatron-growth` command: `plan` what growth would do, `inspect` a checkpoint, run the `demo`.
+"""The `megatron-growth` command: `plan` what growth would do, `inspect` a checkpoint, `verify` one, run the `demo`.
 
-A skin over the library: each command is a few lines. `plan` and `inspect` only read; growing happens in
-`python -m megatron_growth.pretrain`, while Megatron loads. Exit codes: 0 done, 2 for the user to put right.
+A skin over the library: each command is a few lines. `plan`, `inspect` and `verify` only read; growing happens in
+`python -m megatron_growth.pretrain`, while Megatron loads. Exit codes: 0 done, 1 not verified, 2 for the user to put
+right.
 """
 
 import json

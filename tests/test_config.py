@@ -1,4 +1,5 @@
 """The configuration: names and values that others rely on, and one line for each mistake."""
+# ruff: noqa: E501 (the table of mistakes has one on each line)
 
 import inspect
 import textwrap
@@ -21,7 +22,13 @@ from megatron_growth.config import (
 from megatron_growth.errors import ConfigError
 
 PINNED = {
-    "depth": {"method": "interposition", "factor": 2, "skip_first": 0, "skip_last": 0, "new_layer_init": "copy"},
+    "depth": {
+        "method": "interposition",
+        "factor": 2,
+        "skip_first": 0,
+        "skip_last": 0,
+        "new_layer_init": "copy",
+    },
     "width": {
         "factor": 2,
         "top_k": "scale",
@@ -57,8 +64,11 @@ def test_a_plan_is_written_and_read_by_these_names() -> None:
 def test_the_pinned_configuration_validates_to_itself() -> None:
     config = GrowthConfig.model_validate(PINNED)
     assert config.model_dump(exclude_unset=True) == PINNED
-    assert config.depth == DepthConfig(method="interposition", factor=2, skip_first=0, skip_last=0, new_layer_init="copy")
-    assert config.width == WidthConfig(factor=2, top_k="scale", order="interleave", noise=NoiseConfig(experts=0.01, router=0.01))  # fmt: skip
+    assert config.depth == DepthConfig(
+        method="interposition", factor=2, skip_first=0, skip_last=0, new_layer_init="copy"
+    )
+    noise = NoiseConfig(experts=0.01, router=0.01)
+    assert config.width == WidthConfig(factor=2, top_k="scale", order="interleave", noise=noise)
     assert (config.optimizer, config.seed) == ("reset", 1234)
 
 
@@ -78,7 +88,9 @@ def test_a_configuration_is_a_frozen_value() -> None:
         config.seed = 5  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("model", [GrowthConfig, DepthConfig, WidthConfig, NoiseConfig, BaseConfig, ExperimentConfig])
+@pytest.mark.parametrize(
+    "model", [GrowthConfig, DepthConfig, WidthConfig, NoiseConfig, BaseConfig, ExperimentConfig]
+)
 def test_every_field_says_what_it_means(model) -> None:
     assert model.model_fields
     for name, field in model.model_fields.items():
@@ -110,7 +122,9 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 
 
 def test_the_base_may_be_left_to_the_command_line(tmp_path: Path) -> None:
-    assert load_config(_write(tmp_path, "growth: {depth: {}}")).base == BaseConfig(load=None, iteration="latest")
+    assert load_config(_write(tmp_path, "growth: {depth: {}}")).base == BaseConfig(
+        load=None, iteration="latest"
+    )
 
 
 def _refusal(path: Path) -> str:
@@ -175,7 +189,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("text", "begins", "says"), MISTAKES, ids=[text for text, *_ in MISTAKES])
-def test_a_mistake_is_one_line_that_says_where_and_what(tmp_path: Path, text: str, begins: str, says: str) -> None:
+def test_a_mistake_is_one_line_that_says_where_and_what(
+    tmp_path: Path, text: str, begins: str, says: str
+) -> None:
     path = tmp_path / "growth.yaml"
     path.write_text(text, encoding="utf-8")
     message = _refusal(path)

@@ -52,4 +52,5 @@ def architecture_changes(args: Namespace, plan: GrowthPlan) -> dict[str, Any]:
     if not plan.experts.is_identity:
         changes["num_experts"] = plan.target.num_experts
         changes["moe_router_topk"] = plan.target.top_k
+    changes.update(plan.arguments)
     return changes

@@ -28,6 +28,7 @@ from megatron_growth.config import GrowthConfig
 from megatron_growth.errors import CheckpointError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.plan import GrowthPlan
+from megatron_growth.planning.rules import read_router
 
 
 class GrowthStorageReader(StorageReader):
@@ -123,7 +124,7 @@ class GrowthStorageReader(StorageReader):
 
 def plan_for(source: SourceCheckpoint, growth: GrowthConfig) -> GrowthPlan:
     """The plan that grows `source` as `growth` says, in the source's key form."""
-    return build_plan(growth, source.architecture, masters=source.masters)
+    return build_plan(growth, source.architecture, masters=source.masters, router=read_router(source.args))
 
 
 def _object_request(source: str) -> ReadItem:

@@ -23,7 +23,7 @@ from megatron_growth.checkpoint import manifest
 from megatron_growth.demo import data, results, settings
 from megatron_growth.demo.launch import Run, launch
 from megatron_growth.demo.progress import Progress
-from megatron_growth.demo.results import Curves, Model, read_curves
+from megatron_growth.demo.results import Curves, Model, Size, read_curves
 from megatron_growth.demo.settings import FULL, QUICK, Settings
 from megatron_growth.errors import CheckpointError, ConfigError, GrowthError
 
@@ -163,7 +163,7 @@ def _report(
     small, large = (_size(growth["plan"][side]) for side in ("source", "target"))
     models = results.measured(base, grown, scratch, (small, large))
     with demo.progress.phase("report", "curves and summary"):
-        title = f"Grown from {small} to {large}, against scratch"
+        title = f"{small} grown into {large}"
         plot_curves(base, grown, scratch, demo.out / "curves.png", title)
     results.write_json(demo.out / SUMMARY, _summary(demo, corpus, growth, models))
     return models
@@ -188,8 +188,8 @@ def _summary(
     }
 
 
-def _size(model: dict[str, Any]) -> str:
-    return f"{model['num_layers']} layers, {model['num_experts']} experts, top-{model['top_k']}"
+def _size(model: dict[str, Any]) -> Size:
+    return Size(model["num_layers"], model["num_experts"], model["top_k"])
 
 
 def _layout(words: list[str]) -> str:

@@ -1,11 +1,9 @@
 """What the demo measured: read from the runs' records, shown as a table, written as JSON."""
 
 import json
-import math
 import os
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +40,18 @@ def read_curves(record: Path) -> Curves:
 
 
 @dataclass(frozen=True)
+class Size:
+    """What growth changes in a model."""
+
+    layers: int
+    experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers of {self.experts} experts (top-{self.top_k})"
+
+
+@dataclass(frozen=True)
 class Model:
     """One of the models that are compared."""
 
@@ -51,8 +61,7 @@ class Model:
     title: str
     """Its name in the table."""
 
-    size: str
-    """Layers, experts and top-k."""
+    size: Size
 
     heldout_loss: float
 
@@ -67,17 +76,17 @@ class Model:
         """All that went into its weights."""
         return self.base_tokens + self.own_tokens
 
-    def document(self) -> dict[str, str | int | float]:
+    def document(self) -> dict[str, int | float]:
         """As JSON takes it."""
         return {
-            "model": self.size,
             "heldout_loss": self.heldout_loss,
             "tokens": self.tokens,
             "own_tokens": self.own_tokens,
+            **asdict(self.size),
         }
 
 
-def measured(base: Curves, grown: Curves, scratch: Curves, sizes: tuple[str, str]) -> list[Model]:
+def measured(base: Curves, grown: Curves, scratch: Curves, sizes: tuple[Size, Size]) -> list[Model]:
     """The four models of the demo; `sizes` are the base's and the large one's."""
     small, large = sizes
     start, base_loss = base.heldout[-1]
@@ -87,9 +96,9 @@ def measured(base: Curves, grown: Curves, scratch: Curves, sizes: tuple[str, str
     tokens, own = start * TOKENS_PER_STEP, (last - start) * TOKENS_PER_STEP
     return [
         Model("base", "base", small, base_loss, tokens),
-        Model("grown_step0", "grown, before any step", large, grown_loss, 0, tokens),
-        Model("grown", f"grown, {last - start} steps later", large, last_loss, own, tokens),
-        Model("scratch", f"scratch, {steps} steps", large, scratch_loss, steps * TOKENS_PER_STEP),
+        Model("grown_step0", "grown, step 0", large, grown_loss, 0, tokens),
+        Model("grown", f"grown, step {last - start}", large, last_loss, own, tokens),
+        Model("scratch", f"scratch, step {steps}", large, scratch_loss, steps * TOKENS_PER_STEP),
     ]
 
 
@@ -97,12 +106,12 @@ def table(models: Sequence[Model]) -> Table:
     """For a terminal."""
     shown = Table(title="Held-out loss", title_justify="left", title_style="bold")
     shown.add_column("model")
-    shown.add_column("layers, experts, top-k")
-    for name in ("own tokens", "tokens in all", "nats/byte", "perplexity"):
+    for name in ("layers", "experts", "top-k", "own tokens", "all tokens", "nats/byte"):
         shown.add_column(name, justify="right")
     for model in models:
-        loss = f"{model.heldout_loss:.4f}", f"{math.exp(model.heldout_loss):.2f}"
-        shown.add_row(model.title, model.size, f"{model.own_tokens:,}", f"{model.tokens:,}", *loss)
+        size = (str(number) for number in astuple(model.size))
+        tokens = f"{model.own_tokens:,}", f"{model.tokens:,}"
+        shown.add_row(model.title, *size, *tokens, f"{model.heldout_loss:.4f}")
     return shown
 
 
@@ -121,8 +130,6 @@ def verdict(models: Sequence[Model]) -> str:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write it whole or not at all."""
-    folder, prefix = path.parent, f".{path.name}."
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=prefix, delete=False) as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
-    os.replace(file.name, path)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from megatron_growth.errors import PlanError
-from megatron_growth.planning import layers
+from megatron_growth.planning import layers, rules
 from megatron_growth.planning.experts import ExpertMap, ExpertOrder
 from megatron_growth.planning.keys import KeyForm
 from megatron_growth.planning.layers import LayerMap
@@ -19,6 +19,7 @@ def build_plan(
     *,
     masters: str | None = None,
     target_form: KeyForm | None = None,
+    router: rules.Router | None = None,
 ) -> GrowthPlan:
     """Derive the plan.
 
@@ -27,12 +28,14 @@ def build_plan(
         source: what the base checkpoint is.
         masters: optimizer state of the base that holds fp32 masters, None where there is none.
         target_form: key form of the grown model; the source's by default.
+        router: the base's router; None where its arguments are not known, so that no rule is applied.
 
     Raises:
         PlanError: the base cannot grow that way.
     """
     layer_map = _layer_map(growth.depth, source.num_layers)
-    expert_map = _expert_map(growth.width, source)
+    grown = router_growth(growth, source, router)
+    expert_map = _expert_map(growth.width, source, grown)
     target = Architecture(
         num_layers=layer_map.num_target,
         num_experts=expert_map.num_target,
@@ -50,7 +53,18 @@ def build_plan(
         optimizer=growth.optimizer,
         masters=None if growth.optimizer == "reset" else masters,
         seed=growth.seed,
+        arguments=grown.arguments if grown else (),
     )
+
+
+def router_growth(
+    growth: "GrowthConfig", source: Architecture, router: rules.Router | None
+) -> rules.RouterGrowth | None:
+    """What the rules make of the base's router; None where experts do not grow or the router is not known."""
+    if growth.width is None or router is None or source.num_experts == 0:
+        return None
+    width = growth.width
+    return rules.apply(router, width.factor, order=width.order, top_k=width.top_k)
 
 
 def _layer_map(depth: "DepthConfig | None", num_layers: int) -> LayerMap:
@@ -66,7 +80,9 @@ def _layer_map(depth: "DepthConfig | None", num_layers: int) -> LayerMap:
     return make(num_layers, target=target, skip_first=depth.skip_first, skip_last=depth.skip_last)
 
 
-def _expert_map(width: "WidthConfig | None", source: Architecture) -> ExpertMap:
+def _expert_map(
+    width: "WidthConfig | None", source: Architecture, router: rules.RouterGrowth | None
+) -> ExpertMap:
     if width is None:
         return ExpertMap(source.num_experts, 1, "interleave")
     if source.num_experts == 0:
@@ -75,10 +91,15 @@ def _expert_map(width: "WidthConfig | None", source: Architecture) -> ExpertMap:
             "leave `width` out or start from a Mixture-of-Experts base"
         )
     order: ExpertOrder = "append" if width.order == "append" else "interleave"
-    return ExpertMap(source.num_experts, width.factor, order)
+    return ExpertMap(source.num_experts, width.factor, router.order if router else order)
 
 
 def _top_k(width: "WidthConfig | None", source: Architecture) -> int | None:
+    if source.top_k is not None and source.top_k > source.num_experts:
+        raise PlanError(
+            f"moe_router_topk ({source.top_k}) must not be above num_experts ({source.num_experts}); "
+            "the checkpoint's arguments are not those of a model that ran"
+        )
     if width is None or source.top_k is None or width.top_k == "keep":
         return source.top_k
     return source.top_k * width.factor

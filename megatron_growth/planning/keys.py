@@ -119,8 +119,9 @@ _OBJECT = re.compile(r"(?P<base>.+)/shard_(?P<position>\d+(\.\d+)*)_(?P<grid>\d+
 _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
     # optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(...).bucket_idx_0.param
     (re.compile(r"(chained_\d+\.)?optimizer\.distributed\."),
-     "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; save the base with "
-     "--dist-ckpt-optim-fully-reshardable, or grow weights only with `optimizer: reset`"),
+     "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; change it with `torchrun ... "
+     "-m megatron_growth.reshard`, train the base with --dist-ckpt-optim-fully-reshardable, or grow weights only with "
+     "`optimizer: reset`"),
     # decoder.layers.3.mlp.experts.experts.0.linear_fc1.weight_w
     (re.compile(r"(optimizer\.state\.\w+\.)?decoder\.layers\.(\d+\.)?mlp\.experts\.experts\.\d+\."),
      "experts saved one key each (singleton_local_shards) cannot be grown; save the base with megatron-core "

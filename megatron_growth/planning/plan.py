@@ -175,6 +175,7 @@ class GrowthPlan:
         masters: optimizer state that holds fp32 masters (`param` or `fp32_param`), from which noisy clones of the
             model's weights are then made; None where the base has none or they are not trusted (`reset`).
         seed: of the noise.
+        arguments: Megatron arguments of the target that are not the base's, beside layers, experts and top-k.
     """
 
     source: Architecture
@@ -186,6 +187,7 @@ class GrowthPlan:
     optimizer: OptimizerRule
     masters: str | None
     seed: int
+    arguments: tuple[tuple[str, int | float], ...] = ()
 
     # -- target names and shapes ---------------------------------------------------------------------------
 
@@ -327,7 +329,10 @@ class GrowthPlan:
 
     def to_json(self) -> str:
         """Canonical JSON: the same plan gives the same text."""
-        return json.dumps({"version": PLAN_VERSION, **asdict(self)}, sort_keys=True)
+        content = {"version": PLAN_VERSION, **asdict(self)}
+        if not self.arguments:  # as plans were written before there were any
+            del content["arguments"]
+        return json.dumps(content, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "GrowthPlan":
@@ -352,6 +357,7 @@ class GrowthPlan:
                 "layers": LayerMap(layers["num_source"], tuple(layers["sources"])),
                 "experts": ExpertMap(**fields["experts"]),
                 "noise": NoiseScale(**fields["noise"]),
+                "arguments": tuple((name, value) for name, value in fields.get("arguments", ())),
             }
         )
 

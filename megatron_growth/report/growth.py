@@ -12,10 +12,12 @@ from megatron_growth.checkpoint.common_state import architecture_changes
 from megatron_growth.checkpoint.noise import STREAM_VERSION
 from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.config import GrowthConfig
+from megatron_growth.planning.build import router_growth
 from megatron_growth.planning.cost import ParameterCount, Road, count_parameters, grown_tensors, roads
 from megatron_growth.planning.experts import ExpertMap
 from megatron_growth.planning.layers import LayerMap
 from megatron_growth.planning.plan import GrowthPlan
+from megatron_growth.planning.rules import read_router
 from megatron_growth.report.inspection import counted, iteration_of, stored
 
 Value = int | float | str | None
@@ -219,11 +221,10 @@ def _depth_warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: Growth
 def _width_warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan) -> Iterator[str]:
     if growth.width is None:
         return
-    if growth.width.top_k == "keep":
-        yield (
-            f"top_k: keep sends each token to {plan.target.top_k} of {plan.target.num_experts} experts: "
-            "that is another function and the loss will jump; `top_k: scale` keeps it"
-        )
+    router = router_growth(growth, plan.source, read_router(source.args))
+    yield from (note.text for note in (router.notes if router else ()))
+    if router is None and growth.width.top_k == "keep":
+        yield "top_k: keep is another function unless top-k is 1: the loss will jump; `top_k: scale` keeps it"
     if plan.source.top_k is None:
         yield "top-k of the base is not known (no Megatron arguments): activated parameters cannot be counted"
     alphas = plan.noise.experts, plan.noise.router

@@ -12,11 +12,13 @@ from typing import Any
 
 from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.common_state import grown_args
+from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
 from megatron_growth.config import ContinueConfig, ExperimentConfig, GrowthConfig
 from megatron_growth.errors import CheckpointError, ConfigError
-from megatron_growth.planning.build import build_plan
+from megatron_growth.planning.build import build_plan, router_growth
 from megatron_growth.planning.plan import GrowthPlan
+from megatron_growth.planning.rules import read_router
 from megatron_growth.training import arguments
 
 # What a user may say for the load of the base alone, and must not hold for a resume: option -> does it take a value.
@@ -92,7 +94,7 @@ def _grow(config: ExperimentConfig, argv: Sequence[str], given: dict[str, Any], 
     directory = iteration_directory(load, iteration)
     source = SourceCheckpoint(directory, weights_only=config.growth.optimizer == "reset")
     args = _args(source)
-    plan = build_plan(config.growth, source.architecture, masters=source.masters)
+    plan = plan_for(source, config.growth)
     plan = _in_target_form(config.growth, source, plan, given)
     source.tensors, source.objects  # noqa: B018  every key known, every tensor whole, before anything starts
     words = arguments.completed(_without(argv, {"--load": True, "--ckpt-step": True}), grown_args(args, plan))
@@ -108,7 +110,15 @@ def _grow(config: ExperimentConfig, argv: Sequence[str], given: dict[str, Any], 
         f"top-k {plan.source.top_k} -> {plan.target.top_k}; optimizer {plan.optimizer}; "
         f"plan {plan.fingerprint[:12]}"
     )
+    message += "".join(f"\n  {line}" for line in _router_notes(config.growth, source, given))
     return Start(words, directory, plan, manifest.describe(source, load, config.growth, plan), message)
+
+
+def _router_notes(growth: GrowthConfig, source: SourceCheckpoint, given: dict[str, Any]) -> list[str]:
+    """What the rules say of the router; one who gives an argument needs no advice on it."""
+    grown = router_growth(growth, source.architecture, read_router(source.args))
+    notes = grown.notes if grown else ()
+    return [f"{note.severity}: {note.text}" for note in notes if note.argument not in given]
 
 
 def _schedule(settings: ContinueConfig, given: dict[str, Any]) -> list[str]:
@@ -143,7 +153,9 @@ def _in_target_form(
     form = "per_layer" if arguments.has_per_layer_keys(target) else "stacked"
     if form == plan.target.key_form:
         return plan
-    return build_plan(growth, source.architecture, masters=source.masters, target_form=form)
+    return build_plan(
+        growth, source.architecture, masters=source.masters, target_form=form, router=read_router(source.args)
+    )
 
 
 def _args(source: SourceCheckpoint) -> Any:

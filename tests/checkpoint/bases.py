@@ -1,7 +1,7 @@
 """Tiny base checkpoints, as Megatron writes them: keys, shapes, chunk grid, objects and common state.
 
-A `Model` says what is in the checkpoint; `tensors` and `objects` are its contents, every value different; `save` writes
-them through torch's own DCP writer, cut into whatever chunks are asked for, over several files.
+A `Model` says what is in the checkpoint; `tensors` and `objects` are its contents, every value different; `save`
+writes them through torch's own DCP writer, cut into whatever chunks are asked for, over several files.
 """
 
 import io
@@ -122,7 +122,7 @@ def shapes(m: Model) -> dict[str, Shape]:
 
 
 def tensors(m: Model, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors: each (layer, expert) on a scale of its own, weights the cast of their masters."""
+    """The checkpoint's tensors: each (layer, expert) on a scale of its own, weights cast from masters."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, torch.Tensor] = {}
     for key, shape in shapes(m).items():
@@ -146,7 +146,9 @@ def _values(shape: Shape, generator: torch.Generator) -> torch.Tensor:
 def objects(m: Model) -> dict[str, Any]:
     """The checkpoint's objects; each extra state names its own key, so that none can pass for another."""
     found: dict[str, Any] = {
-        COMMON_STATE: [{"args": m.args, "iteration": 7, "checkpoint_version": 3.0, "optimizer": {"param_groups": [1]}}],
+        COMMON_STATE: [
+            {"args": m.args, "iteration": 7, "checkpoint_version": 3.0, "optimizer": {"param_groups": [1]}}
+        ],
         "rng_state/shard_0.0_1.1": ["rng"],
         "rerun_state_machine_state/shard_0_1": {"mode": 1},
         "output_layer._extra_state/shard_0_1": b"head",
@@ -154,13 +156,22 @@ def objects(m: Model) -> dict[str, Any]:
     qkv, experts = "self_attention.linear_qkv._extra_state", "mlp.experts.experts.linear_fc1._extra_state"
     keys = []
     for i in range(m.layers):
-        keys.append(f"decoder.layers.{qkv}/shard_{i}_{m.layers}" if m.stacked else f"decoder.layers.{i}.{qkv}/shard_0_1")
+        keys.append(
+            f"decoder.layers.{qkv}/shard_{i}_{m.layers}"
+            if m.stacked
+            else f"decoder.layers.{i}.{qkv}/shard_0_1"
+        )
         for e in range(0 if i in m.dense else m.experts):
             grid = f"shard_{i}.{e}_{m.layers}.{m.experts}" if m.stacked else f"shard_{e}_{m.experts}"
-            keys.append(f"decoder.layers.{experts}/{grid}" if m.stacked else f"decoder.layers.{i}.{experts}/{grid}")
+            keys.append(
+                f"decoder.layers.{experts}/{grid}" if m.stacked else f"decoder.layers.{i}.{experts}/{grid}"
+            )
     if m.mtp and m.experts:
         keys += [f"mtp.layers.0.transformer_layer.{experts}/shard_{e}_{m.experts}" for e in range(m.experts)]
-        keys += [f"mtp.layers.0.transformer_layer.{qkv}/shard_0_1", "mtp.layers.0.eh_proj._extra_state/shard_0_1"]
+        keys += [
+            f"mtp.layers.0.transformer_layer.{qkv}/shard_0_1",
+            "mtp.layers.0.eh_proj._extra_state/shard_0_1",
+        ]
     return found | {key: {"of": key} for key in keys}
 
 
@@ -182,9 +193,16 @@ def megatron(tp: int = 2) -> Callable[[str, Shape], Cuts]:
             grid[0] = list(range(shape[0] + 1))
         if "mlp.experts.experts." in key:
             grid[int(stacked)] = list(range(shape[int(stacked)] + 1))
-        sharded = {"linear_fc1.weight": (-2, 2 * tp), "linear_fc1.bias": (-1, 2 * tp), "linear_fc2.weight": (-1, tp),
-                   "linear_qkv.weight": (-2, tp), "linear_proj.weight": (-1, tp), "eh_proj.weight": (-2, tp),
-                   "word_embeddings.weight": (-2, tp), "output_layer.weight": (-2, tp)}  # fmt: skip
+        sharded = {
+            "linear_fc1.weight": (-2, 2 * tp),
+            "linear_fc1.bias": (-1, 2 * tp),
+            "linear_fc2.weight": (-1, tp),
+            "linear_qkv.weight": (-2, tp),
+            "linear_proj.weight": (-1, tp),
+            "eh_proj.weight": (-2, tp),
+            "word_embeddings.weight": (-2, tp),
+            "output_layer.weight": (-2, tp),
+        }
         for name, (axis, parts) in sharded.items():
             if key.endswith(name):
                 grid[axis] = _even(shape[axis], parts)

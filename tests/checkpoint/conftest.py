@@ -1,4 +1,4 @@
-"""Quiet and quick: DCP logs every step at debug level, and threads only slow down tensors of a few hundred elements."""
+"""Quiet and quick: DCP logs every step at debug level, and threads only slow down tensors this small."""
 
 import logging
 

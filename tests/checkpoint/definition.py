@@ -1,8 +1,8 @@
 """The definition of a grown checkpoint, by the shortest route that is plainly right: whole tensors and loops.
 
-For each target layer, take its source layer; for each target expert, its source expert; add what the definition of
-noise says, element by element. Nothing here knows of boxes, chunks or readers, and nothing comes from the package:
-Philox runs on Python's integers, sigma on fractions. What the view gives must equal this, bit for bit.
+For each target layer, take its source layer; for each target expert, its source expert; add what the definition
+of noise says, element by element. Nothing here knows of boxes, chunks or readers, and nothing comes from the
+package: Philox runs on Python's integers, sigma on fractions. What the view gives must equal this, bit for bit.
 """
 
 import hashlib
@@ -84,7 +84,9 @@ def grown_tensors(base: Tensors, growth: Growth) -> Tensors:
     for (state, name), layers in apart.items():
         if state and growth.optimizer == "reset":
             continue
-        masters = next((apart[m, name] for m in MASTERS if (m, name) in apart and growth.optimizer != "reset"), {})
+        masters = next(
+            (apart[m, name] for m in MASTERS if (m, name) in apart and growth.optimizer != "reset"), {}
+        )
         prefix = f"optimizer.state.{state}." if state else ""
         if None in layers:  # no layer of the decoder: outside, or of an MTP module
             grown[prefix + name] = _outside(state, name, layers[None], masters.get(None), growth)
@@ -117,7 +119,9 @@ def _by_layer(base: Tensors) -> dict[tuple[str, str], dict[int | None, torch.Ten
     return apart
 
 
-def _outside(state: str, name: str, tensor: torch.Tensor, master: torch.Tensor | None, growth: Growth) -> torch.Tensor:
+def _outside(
+    state: str, name: str, tensor: torch.Tensor, master: torch.Tensor | None, growth: Growth
+) -> torch.Tensor:
     inner = re.sub(r"mtp\.layers\.\d+\.transformer_layer\.", "", name)
     if name.startswith("mtp.") and inner.startswith(EXPERT_TENSORS):
         return _experts(state, inner, tensor, master, growth, name, "null")
@@ -125,7 +129,13 @@ def _outside(state: str, name: str, tensor: torch.Tensor, master: torch.Tensor |
 
 
 def _layer(
-    state: str, name: str, tensor: torch.Tensor, master: torch.Tensor | None, growth: Growth, target: int, is_copy: bool
+    state: str,
+    name: str,
+    tensor: torch.Tensor,
+    master: torch.Tensor | None,
+    growth: Growth,
+    target: int,
+    is_copy: bool,
 ) -> torch.Tensor:
     """One target layer's tensor, from its source layer's."""
     if not name.startswith(EXPERT_TENSORS):
@@ -138,7 +148,13 @@ def _layer(
 
 
 def _experts(
-    state: str, name: str, tensor: torch.Tensor, master: torch.Tensor | None, growth: Growth, stream: str, layer: str
+    state: str,
+    name: str,
+    tensor: torch.Tensor,
+    master: torch.Tensor | None,
+    growth: Growth,
+    stream: str,
+    layer: str,
 ) -> torch.Tensor:
     """All target experts of one layer, axis 0 the expert."""
     alpha = dict(growth.alpha).get(NOISY.get(name, ""), 0.0)
@@ -165,7 +181,9 @@ def _noisy(tensor: torch.Tensor, scale: float, stream: str) -> torch.Tensor:
 # -- objects -------------------------------------------------------------------------------------------------
 
 
-def grown_objects(base: dict[str, object], growth: Growth, num_layers: int, num_experts: int) -> dict[str, object]:
+def grown_objects(
+    base: dict[str, object], growth: Growth, num_layers: int, num_experts: int
+) -> dict[str, object]:
     """Every object of the grown checkpoint, the common state left as it is."""
     grown: dict[str, object] = {}
     num_targets, num_clones = len(growth.layers), len(growth.experts)
@@ -188,10 +206,18 @@ def grown_objects(base: dict[str, object], growth: Growth, num_layers: int, num_
         assert found
         layer = int(found[1]) if found[1] else place[0]
         for target in (t for t, source in enumerate(growth.layers) if source == layer):
-            experts = [e for e, (source, _) in enumerate(growth.experts) if source == place[-1]] if of_experts else [-1]
+            experts = (
+                [e for e, (source, _) in enumerate(growth.experts) if source == place[-1]]
+                if of_experts
+                else [-1]
+            )
             for e in experts:
                 if growth.stacked:
-                    where = f"{target}.{e}_{num_targets}.{num_clones}" if of_experts else f"{target}_{num_targets}"
+                    where = (
+                        f"{target}.{e}_{num_targets}.{num_clones}"
+                        if of_experts
+                        else f"{target}_{num_targets}"
+                    )
                     grown[f"decoder.layers.{found[2]}/shard_{where}"] = value
                 else:
                     where = f"{e}_{num_clones}" if of_experts else "0_1"

@@ -22,7 +22,9 @@ def load_all(reader: StorageReader) -> tuple[dict[str, torch.Tensor], dict[str, 
     state: dict[str, Any] = {}
     for key, entry in reader.read_metadata().state_dict_metadata.items():
         is_tensor = isinstance(entry, TensorStorageMetadata)
-        state[key] = torch.full(entry.size, SENTINEL, dtype=entry.properties.dtype) if is_tensor else io.BytesIO()
+        state[key] = (
+            torch.full(entry.size, SENTINEL, dtype=entry.properties.dtype) if is_tensor else io.BytesIO()
+        )
     dcp.load(state, storage_reader=reader, planner=_planner(), no_dist=True)
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     return tensors, {key: value for key, value in state.items() if key not in tensors}
@@ -34,7 +36,9 @@ def _planner() -> dcp.DefaultLoadPlanner:
 
 def load_tensors(reader: StorageReader, *keys: str) -> list[torch.Tensor]:
     entries = reader.read_metadata().state_dict_metadata
-    state = {key: torch.full(entries[key].size, SENTINEL, dtype=entries[key].properties.dtype) for key in keys}  # type: ignore[union-attr]
+    state = {
+        key: torch.full(entries[key].size, SENTINEL, dtype=entries[key].properties.dtype) for key in keys
+    }  # type: ignore[union-attr]
     dcp.load(state, storage_reader=reader, planner=_planner(), no_dist=True)
     return [state[key] for key in keys]
 
@@ -75,7 +79,8 @@ class _BoxPlanner(LoadPlanner):
             for chunk in self.entries[key].chunks:  # type: ignore[union-attr]
                 low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
                 high = [
-                    min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
+                    min(a + n, b + m)
+                    for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
                 ]
                 if any(a >= b for a, b in zip(low, high, strict=True)):
                     continue

@@ -18,7 +18,9 @@ from tests.checkpoint.bases import FC1, FC2, ROUTER, Cuts, Shape
 from tests.checkpoint.definition import Growth, appended, interleaved
 from tests.checkpoint.loading import RecordingReader, load_boxes
 
-QUICK = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+QUICK = settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 PROJECTION = "self_attention.linear_proj.weight"
 NAMES = (FC1, FC2, ROUTER, PROJECTION)
 
@@ -33,7 +35,12 @@ class _Base:
         self.stacked = draw(st.booleans())
         self.masters = draw(st.booleans())
         generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
-        shapes = {FC1: (self.experts, 5, 3), FC2: (self.experts, 3, 2), ROUTER: (self.experts, 3), PROJECTION: (3, 4)}
+        shapes = {
+            FC1: (self.experts, 5, 3),
+            FC2: (self.experts, 3, 2),
+            ROUTER: (self.experts, 3),
+            PROJECTION: (3, 4),
+        }
         self.tensors: dict[str, torch.Tensor] = {}
         for name in names:
             for layer in [""] if self.stacked else [f"{i}." for i in range(self.layers)]:
@@ -132,7 +139,9 @@ def test_reading_everything_reads_each_chunk_of_the_weights_exactly_once(tmp_pat
     config = GrowthConfig.model_validate({"depth": {"factor": 3}, "width": {"factor": 3}})
     reader = GrowthStorageReader(tmp_path, config, base=recorder)
     shapes = reader.view.shapes
-    load_boxes(reader, [(key, (0,) * len(shape), shape) for key, shape in shapes.items()], random.Random(1).shuffle)
+    load_boxes(
+        reader, [(key, (0,) * len(shape), shape) for key, shape in shapes.items()], random.Random(1).shuffle
+    )
     read = [(index.fqn, index.offset) for call in recorder.calls for index in call]
     saved = [(key, c.offsets) for key, t in reader.source.tensors.items() for c in t.metadata.chunks]
     assert sorted(read, key=str) == sorted(saved, key=str)
@@ -143,7 +152,9 @@ def test_a_small_box_reads_only_the_chunks_that_it_needs(tmp_path: Path) -> None
     key = f"decoder.layers.{FC1}"
     bases.save(tmp_path, bases.tensors(bases.Model()), bases.megatron(tp=2))
     recorder = RecordingReader(tmp_path)
-    reader = GrowthStorageReader(tmp_path, GrowthConfig.model_validate({"depth": {}, "width": {}}), base=recorder)
+    reader = GrowthStorageReader(
+        tmp_path, GrowthConfig.model_validate({"depth": {}, "width": {}}), base=recorder
+    )
     load_boxes(reader, [(key, (5, 2, 0, 0), (1, 1, 1, 4))])  # an original: one row of one shard of one expert
     assert [(i.fqn, tuple(i.offset or ())) for call in recorder.calls for i in call] == [(key, (2, 1, 0, 0))]
     recorder.calls.clear()

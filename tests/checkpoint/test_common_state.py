@@ -55,8 +55,8 @@ def test_a_list_that_names_every_layer_follows_the_layer_map(name: str) -> None:
     assert name not in _changes(_plan(width={}), **{name: [5, 6, 7, 8]})
 
 
-# Argument, its integer, what that means for the base's four layers (upstream's formulas, worked out by hand), and so
-# for the grown model's eight.
+# Argument, its integer, and what that makes of the grown model's eight layers: upstream's formula for the base's four,
+# worked out by hand, each twice.
 PATTERNS = [
     ("moe_layer_freq", 2, [1, 1, 0, 0, 1, 1, 0, 0]),
     ("window_attn_skip_freq", 2, [1, 1, 0, 0, 1, 1, 0, 0]),
@@ -66,7 +66,9 @@ PATTERNS = [
 
 
 @pytest.mark.parametrize(("name", "integer", "written_out"), PATTERNS)
-def test_a_pattern_given_as_an_integer_is_written_out_before_it_grows(name: str, integer: int, written_out) -> None:
+def test_a_pattern_given_as_an_integer_is_written_out_before_it_grows(
+    name: str, integer: int, written_out
+) -> None:
     """Left as it is, layers would change kind: a layer without RoPE would get one."""
     assert _changes(_plan(depth={}), **{name: integer})[name] == written_out
 
@@ -79,18 +81,27 @@ def test_a_pattern_that_is_the_same_for_all_layers_stays_an_integer() -> None:
 def test_a_pipeline_layout_that_names_the_bases_layers_is_dropped() -> None:
     changes = _changes(_plan(depth={}), pipeline_model_parallel_layout="Et|tt|tL")
     assert changes["pipeline_model_parallel_layout"] is None
-    assert "pipeline_model_parallel_layout" not in _changes(_plan(width={}), pipeline_model_parallel_layout="Et|tL")
+    assert "pipeline_model_parallel_layout" not in _changes(
+        _plan(width={}), pipeline_model_parallel_layout="Et|tL"
+    )
 
 
 def test_arguments_that_an_older_base_lacks_are_not_made_up() -> None:
     plan = _plan(depth={}, width={})
-    assert vars(grown_args(Namespace(num_layers=4), plan)) == {"num_layers": 8, "num_experts": 16, "moe_router_topk": 4}
+    assert vars(grown_args(Namespace(num_layers=4), plan)) == {
+        "num_layers": 8,
+        "num_experts": 16,
+        "moe_router_topk": 4,
+    }
 
 
 def test_what_is_beside_the_arguments_stays() -> None:
     state = {"iteration": 3, "optimizer": {"a": 1}, "args": Namespace(**ARGS)}
     grown = grown_common_state(state, _plan(depth={}))
-    assert {name: value for name, value in grown.items() if name != "args"} == {"iteration": 3, "optimizer": {"a": 1}}
+    assert {name: value for name, value in grown.items() if name != "args"} == {
+        "iteration": 3,
+        "optimizer": {"a": 1},
+    }
     assert grown["args"].num_layers == 8
     assert state["args"].num_layers == 4
     assert "optimizer" not in grown_common_state(state, _plan(depth={}, optimizer="reset"))

@@ -48,7 +48,9 @@ def test_it_equals_the_definition_in_fractions_to_the_bit(name: str) -> None:
 @given(st.data())
 def test_neither_the_order_nor_the_chunks_change_a_bit(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(SAMPLES)))
-    values = SAMPLES[name](data.draw(st.integers(2, 400)), torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+    values = SAMPLES[name](
+        data.draw(st.integers(2, 400)), torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    )
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(values)), max_size=6)))
     chunks = [*torch.tensor_split(values[order], cuts)]
@@ -74,7 +76,13 @@ def test_values_are_not_changed() -> None:
 
 @pytest.mark.parametrize(
     "chunks",
-    [[], [torch.zeros(0)], [torch.tensor([3.0])], [torch.tensor([3.0]), torch.zeros(0)], [torch.zeros(5), torch.zeros(3)]],
+    [
+        [],
+        [torch.zeros(0)],
+        [torch.tensor([3.0])],
+        [torch.tensor([3.0]), torch.zeros(0)],
+        [torch.zeros(5), torch.zeros(3)],
+    ],
 )
 def test_nothing_to_spread_has_no_spread(chunks: list[torch.Tensor]) -> None:
     assert standard_deviation(chunks) == 0.0
@@ -87,7 +95,9 @@ def test_equal_values_have_none_either() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("others", [0.0, 1.0])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_value_that_is_not_finite_shows_in_whichever_chunk_it_is(value: float, others: float, place: int) -> None:
+def test_a_value_that_is_not_finite_shows_in_whichever_chunk_it_is(
+    value: float, others: float, place: int
+) -> None:
     chunks = [torch.full((4,), others) for _ in range(3)]
     chunks[place][-1] = value
     assert math.isnan(standard_deviation(chunks))

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from tests.checkpoint.loading import load_all
 
 GROWTH = GrowthConfig.model_validate({"depth": {}, "width": {}})
 MODEL = Model(layers=2, experts=2, mtp=False)
-BUFFER = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0.exp_avg"
+FLAT = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0"
+BUFFER = f"{FLAT}.exp_avg"
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +76,24 @@ def test_a_sound_checkpoint_is_opened_and_known(base: Path) -> None:
         (Model(layers=3, experts=0), Architecture(3, 0, None, "stacked")),
     ],
 )
-def test_the_architecture_is_read_off_the_tensors(tmp_path: Path, model: Model, architecture: Architecture) -> None:
+def test_the_architecture_is_read_off_the_tensors(
+    tmp_path: Path, model: Model, architecture: Architecture
+) -> None:
     bases.save(tmp_path / "with", {**bases.tensors(model), **bases.objects(model)})
     assert SourceCheckpoint(tmp_path / "with").architecture == architecture
     bases.save(tmp_path / "without", bases.tensors(model))
     bare = SourceCheckpoint(tmp_path / "without")
     assert bare.common_state is None
-    assert bare.architecture == Architecture(architecture.num_layers, architecture.num_experts, None, model.stacked and "stacked" or "per_layer")  # fmt: skip
+    assert bare.architecture == replace(architecture, top_k=None)
 
 
 @pytest.mark.parametrize(
     ("states", "masters"),
     [(("param", "exp_avg"), "param"), (("fp32_param", "exp_avg_sq"), "fp32_param"), (("exp_avg",), None)],
 )
-def test_masters_are_found_where_there_are_any(tmp_path: Path, states: tuple[str, ...], masters: str | None) -> None:
+def test_masters_are_found_where_there_are_any(
+    tmp_path: Path, states: tuple[str, ...], masters: str | None
+) -> None:
     model = Model(layers=1, experts=1, mtp=False, states=states)
     source = SourceCheckpoint(bases.save(tmp_path, bases.tensors(model)))
     assert source.optimizer_states == tuple(sorted(states))
@@ -106,14 +112,16 @@ def test_the_parent_of_an_iteration_is_refused_with_a_hint(base: Path) -> None:
     parent = base.parent
     (parent / "latest_checkpointed_iteration.txt").write_text("7")
     assert _refusal(parent) == (
-        f"checkpoint {str(parent)!r} has no .metadata: it is no torch_dist checkpoint, or its save did not finish; "
+        f"checkpoint {str(parent)!r} has no .metadata: it is no torch_dist checkpoint, "
+        "or its save did not finish; "
         "give one of its iter_* directories, named in latest_checkpointed_iteration.txt"
     )
 
 
 def test_an_empty_directory_is_refused(tmp_path: Path) -> None:
     assert _refusal(tmp_path) == (
-        f"checkpoint {str(tmp_path)!r} has no .metadata: it is no torch_dist checkpoint, or its save did not finish; "
+        f"checkpoint {str(tmp_path)!r} has no .metadata: it is no torch_dist checkpoint, "
+        "or its save did not finish; "
         "use another iteration, or save it with --ckpt-format torch_dist"
     )
 
@@ -150,7 +158,9 @@ def test_an_iteration_that_is_not_there_is_refused(base: Path, tracker, iteratio
 def test_a_load_directory_that_is_missing_or_an_iteration_itself_is_refused(base: Path) -> None:
     with pytest.raises(CheckpointError, match=r"does not exist; give the one that holds latest_"):
         iteration_directory(base / "nowhere")
-    with pytest.raises(CheckpointError, match=r"has no latest_checkpointed_iteration\.txt; give its parent directory"):
+    with pytest.raises(
+        CheckpointError, match=r"has no latest_checkpointed_iteration\.txt; give its parent directory"
+    ):
         iteration_directory(base)
 
 
@@ -171,7 +181,9 @@ def test_truncated_metadata_is_refused(base: Path, share: float) -> None:
     assert message.endswith("its save did not finish or it is damaged: use another iteration")
 
 
-@pytest.mark.parametrize("content", [b"\0" * 4096, b"not a pickle\nat all\n", pickle.dumps({"a": 1}), pickle.dumps(None)])
+@pytest.mark.parametrize(
+    "content", [b"\0" * 4096, b"not a pickle\nat all\n", pickle.dumps({"a": 1}), pickle.dumps(None)]
+)
 def test_metadata_that_is_something_else_is_refused(base: Path, content: bytes) -> None:
     (base / ".metadata").write_bytes(content)
     assert "cannot be read" in _refusal(base)
@@ -191,7 +203,8 @@ def test_a_missing_data_file_is_refused(base: Path) -> None:
     victim = sorted(base.glob("*.distcp"))[-1]
     victim.unlink()
     assert _refusal(base) == (
-        f"checkpoint {str(base)!r} is incomplete: {victim.name} is missing; use another iteration or restore the file"
+        f"checkpoint {str(base)!r} is incomplete: {victim.name} is missing; "
+        "use another iteration or restore the file"
     )
 
 
@@ -228,14 +241,19 @@ def test_the_legacy_format_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["zarr", "fsdp_dtensor", "torch_dcp"])
 def test_other_backends_are_refused_by_name(base: Path, backend: str) -> None:
-    (base / "metadata.json").write_text(json.dumps({"sharded_backend": backend, "sharded_backend_version": 1}))
+    (base / "metadata.json").write_text(
+        json.dumps({"sharded_backend": backend, "sharded_backend_version": 1})
+    )
     assert _refusal(base) == (
-        f"checkpoint {str(base)!r} is of format {backend!r}, which cannot be grown; save it with --ckpt-format torch_dist"
+        f"checkpoint {str(base)!r} is of format {backend!r}, which cannot be grown; "
+        "save it with --ckpt-format torch_dist"
     )
 
 
 def test_the_torch_dist_backend_is_taken(base: Path) -> None:
-    (base / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    (base / "metadata.json").write_text(
+        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    )
     assert GrowthStorageReader(base, GROWTH).read_metadata().state_dict_metadata
 
 
@@ -268,8 +286,8 @@ def test_flat_optimizer_buffers_are_refused_with_both_remedies(tmp_path: Path) -
 
 
 def test_the_remedy_named_for_flat_optimizer_buffers_works(tmp_path: Path) -> None:
-    """Megatron's default optimizer format: its weights must grow where the moments are to be dropped anyway."""
-    object_key = BUFFER.rpartition(".")[0] + ".per_bucket_numel/shard_0_1"
+    """Megatron's default optimizer format: its weights grow where the moments are dropped anyway."""
+    object_key = f"{FLAT}.per_bucket_numel/shard_0_1"
     base = _with(tmp_path, **{BUFFER: torch.zeros(9), object_key: [9]})
     reset = GrowthConfig.model_validate({"depth": {}, "width": {}, "optimizer": "reset"})
     tensors, _ = load_all(GrowthStorageReader(base, reset))
@@ -279,10 +297,12 @@ def test_the_remedy_named_for_flat_optimizer_buffers_works(tmp_path: Path) -> No
 def test_a_hybrid_model_is_refused_as_such(tmp_path: Path) -> None:
     """Its final norm has a key of its own, which must not be what the message is about."""
     state = [{"args": Namespace(hybrid_layer_pattern="*E*E", num_layers=4)}]
-    tensors = {"decoder.final_norm.weight": torch.zeros(4), "decoder.layers.0.self_attention.linear_qkv.weight": torch.zeros(12, 4)}  # fmt: skip
+    norm, qkv = "decoder.final_norm.weight", "decoder.layers.0.self_attention.linear_qkv.weight"
+    tensors = {norm: torch.zeros(4), qkv: torch.zeros(12, 4)}
     bases.save(tmp_path, {**tensors, COMMON_STATE: state})
     assert _refusal(tmp_path) == (
-        f"checkpoint {str(tmp_path)!r} is a hybrid model (pattern '*E*E'), which cannot be grown yet; grow a GPT model"
+        f"checkpoint {str(tmp_path)!r} is a hybrid model (pattern '*E*E'), which cannot be grown yet; "
+        "grow a GPT model"
     )
 
 
@@ -305,7 +325,9 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
         ({"num_experts": 8}, "the checkpoint's arguments say num_experts 8 but decoder.layers.mlp."),
     ],
 )
-def test_arguments_that_contradict_the_tensors_are_refused(tmp_path: Path, changes: dict, expected: str) -> None:
+def test_arguments_that_contradict_the_tensors_are_refused(
+    tmp_path: Path, changes: dict, expected: str
+) -> None:
     args = Namespace(**{**vars(MODEL.args), **changes})
     message = _refusal(_with(tmp_path, **{COMMON_STATE: [{"args": args}]}))
     assert message.startswith(expected)

@@ -4,7 +4,10 @@ These run in the ranks. The definition is computed from the base's plain tensors
 `tests.checkpoint.definition`, which shares no code with the package.
 """
 
+import os
 import sysconfig
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,3 +122,33 @@ def iteration(probe: Probe) -> dict[str, Any]:
 
     args = get_args()
     return {"num_layers": args.num_layers, "load": args.load}
+
+
+def optimizer_steps(probe: Probe) -> dict[str, Any]:
+    """The step that Adam is at, in every param group or parameter of every optimizer."""
+    steps: set[int] = set()
+    for part in getattr(probe.optimizer, "chained_optimizers", [probe.optimizer]):
+        inner = part.optimizer
+        steps.update(int(group["step"]) for group in inner.param_groups if "step" in group)
+        steps.update(int(state["step"]) for state in inner.state.values() if "step" in state)
+    return {"steps": sorted(steps), **compare(probe)}
+
+
+@contextmanager
+def samples(options: Mapping[str, Any]) -> Iterator[None]:
+    """Append the index of every training sample that this rank reads to a file."""
+    from megatron.core.datasets.gpt_dataset import MockGPTDataset
+
+    original = MockGPTDataset.__getitem__
+
+    def recorded(self: Any, index: int) -> Any:
+        if self.index_split.name == "train":
+            with Path(f"{options['samples']}.{os.environ['RANK']}").open("a") as file:
+                file.write(f"{index}\n")
+        return original(self, index)
+
+    MockGPTDataset.__getitem__ = recorded
+    try:
+        yield
+    finally:
+        MockGPTDataset.__getitem__ = original

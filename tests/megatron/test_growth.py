@@ -56,8 +56,12 @@ EXACT = {
 }
 
 
-def config_file(path: Path, base: Path, growth: dict[str, Any]) -> str:
-    content = {"base": {"load": str(base)}, "growth": {"optimizer": "reset", **growth}}
+def config_file(path: Path, base: Path, growth: dict[str, Any], settings: dict[str, Any] | None = None) -> str:
+    content = {
+        "base": {"load": str(base)},
+        "growth": {"optimizer": "reset", **growth},
+        "continue": settings or {},
+    }
     path.write_text(yaml.safe_dump(content))
     return str(path)
 

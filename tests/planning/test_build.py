@@ -50,7 +50,9 @@ def test_the_depth_section_says_which_layers(depth: dict, sources: tuple[int, ..
 
 
 def test_the_width_section_says_which_experts() -> None:
-    plan = _plan({"width": {"factor": 3, "order": "append", "top_k": "keep", "noise": {"experts": 0.5, "router": 0}}})
+    plan = _plan(
+        {"width": {"factor": 3, "order": "append", "top_k": "keep", "noise": {"experts": 0.5, "router": 0}}}
+    )
     assert plan.target == Architecture(4, 24, 2, "stacked")
     assert plan.experts.order == "append"
     assert plan.noise == NoiseScale(0.5, 0.0)
@@ -107,7 +109,9 @@ def test_a_dense_base_grows_in_depth() -> None:
         ),
     ],
 )
-def test_a_growth_that_the_base_cannot_have_is_refused(growth: dict, source: Architecture, message: str) -> None:
+def test_a_growth_that_the_base_cannot_have_is_refused(
+    growth: dict, source: Architecture, message: str
+) -> None:
     with pytest.raises(PlanError) as refusal:
         _plan(growth, source)
     assert str(refusal.value) == message

@@ -28,7 +28,9 @@ def test_targets_invert_the_map_and_the_original_comes_first(num_source: int, fa
     experts = ExpertMap(num_source, factor, order)
     for target in range(experts.num_target):
         assert experts.targets(experts.source(target))[experts.clone_index(target)] == target
-    assert sorted(t for s in range(num_source) for t in experts.targets(s)) == list(range(num_source * factor))
+    assert sorted(t for s in range(num_source) for t in experts.targets(s)) == list(
+        range(num_source * factor)
+    )
 
 
 @settings(deadline=None, max_examples=40)

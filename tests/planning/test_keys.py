@@ -25,8 +25,8 @@ def _all_places() -> list:
     return [(rule, place) for rules, places in tables for rule, place in product(rules, places)]
 
 
-# What Megatron 0.17 to 0.19 writes inside a layer, and what growth must do with it, from its source, not from our
-# table: expert axis, noise, residual output, object.
+# What Megatron 0.17 to 0.19 writes inside a layer, and what growth must do with it: from its source, not from
+# our table.
 E, N, R = "expert axis", "noise", "residual output"
 NAMES = {
     "mlp.experts.experts.linear_fc1.weight": {E, N},
@@ -88,7 +88,9 @@ def _traits(rule: Rule) -> set[str]:
     return {name for name, has in named.items() if has}
 
 
-@pytest.mark.parametrize(("rule", "place"), _all_places(), ids=lambda v: v.example if isinstance(v, Rule) else v[0])
+@pytest.mark.parametrize(
+    ("rule", "place"), _all_places(), ids=lambda v: v.example if isinstance(v, Rule) else v[0]
+)
 def test_every_example_parses_in_every_place_and_state_and_is_written_back(rule: Rule, place) -> None:
     before, kind, layer, wrapper = place
     read = 0
@@ -194,8 +196,8 @@ def test_each_mtp_module_has_noise_streams_of_its_own() -> None:
 
 
 _UNKNOWN = (
-    "the key grammar (megatron_growth/planning/keys.py) does not know it, so how it should grow is not known; "
-    "add a rule there or save the base without it"
+    "the key grammar (megatron_growth/planning/keys.py) does not know it, so how it should grow is "
+    "not known; add a rule there or save the base without it"
 )
 _DP_RESHARDABLE = (
     "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; save the base with "
@@ -205,7 +207,9 @@ _SINGLETON = (
     "experts saved one key each (singleton_local_shards) cannot be grown; save the base with megatron-core "
     "0.17 to 0.19, which stacks them"
 )
-_BUFFER = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0.param"
+_BUFFER = (
+    "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0.param"
+)
 
 
 @pytest.mark.parametrize(

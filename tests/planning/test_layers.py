@@ -71,7 +71,9 @@ def test_any_target_is_met_and_no_layer_has_two_copies_more_than_another(size: d
 
 @settings(deadline=None, max_examples=40)
 @given(sizes())
-def test_interposition_keeps_the_order_of_layers_and_stacking_begins_with_the_base(size: dict[str, int]) -> None:
+def test_interposition_keeps_the_order_of_layers_and_stacking_begins_with_the_base(
+    size: dict[str, int],
+) -> None:
     interposed, stacked = _make(interposition, size), _make(stacking, size)
     assert list(interposed.sources) == sorted(interposed.sources)
     end = size["num_layers"] - size["skip_last"]
@@ -137,11 +139,18 @@ def test_a_size_that_cannot_be_is_refused_with_its_numbers(
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ([0, 1, 2, 3], "depth.map names layer 3 but the source has layers 0 to 2; use layers of the source only"),
-        ([0, 1, 2, -1], "depth.map names layer -1 but the source has layers 0 to 2; use layers of the source only"),
+        (
+            [0, 1, 2, 3],
+            "depth.map names layer 3 but the source has layers 0 to 2; use layers of the source only",
+        ),
+        (
+            [0, 1, 2, -1],
+            "depth.map names layer -1 but the source has layers 0 to 2; use layers of the source only",
+        ),
         (
             [0, 0, 2, 2],
-            "depth.map leaves out source layer 1: growth loses no layer; name each of the 3 source layers at least once",
+            "depth.map leaves out source layer 1: growth loses no layer; "
+            "name each of the 3 source layers at least once",
         ),
         (
             [2, 1, 0],
@@ -150,7 +159,8 @@ def test_a_size_that_cannot_be_is_refused_with_its_numbers(
         ),
         (
             [],
-            "depth.map leaves out source layer 0: growth loses no layer; name each of the 3 source layers at least once",
+            "depth.map leaves out source layer 0: growth loses no layer; "
+            "name each of the 3 source layers at least once",
         ),
     ],
 )

@@ -30,7 +30,13 @@ FC2 = "mlp.experts.experts.linear_fc2.weight"
 ROUTER = "mlp.router.weight"
 QKV = "self_attention.linear_qkv.weight"
 # A layer's tensor: its shape behind the layer axis, for E experts.
-TENSORS = {FC1: ("E", 6, 4), FC2: ("E", 4, 3), ROUTER: ("E", 4), "mlp.router.expert_bias": ("E",), QKV: (12, 4)}
+TENSORS = {
+    FC1: ("E", 6, 4),
+    FC2: ("E", 4, 3),
+    ROUTER: ("E", 4),
+    "mlp.router.expert_bias": ("E",),
+    QKV: (12, 4),
+}
 
 
 def make_plan(
@@ -70,7 +76,9 @@ def _points(box: Box) -> list[tuple[int, ...]]:
 @st.composite
 def plans(draw: st.DrawFn) -> GrowthPlan:
     num_layers = draw(st.integers(1, 3))
-    sources = draw(st.permutations([*range(num_layers), *draw(st.lists(st.integers(0, num_layers - 1), max_size=4))]))
+    sources = draw(
+        st.permutations([*range(num_layers), *draw(st.lists(st.integers(0, num_layers - 1), max_size=4))])
+    )
     return make_plan(
         LayerMap(num_layers, tuple(sources)),
         draw(st.integers(1, 3)),
@@ -125,7 +133,9 @@ def test_each_element_comes_from_its_source_layer_and_source_expert(data: st.Dat
         source_key = parse(piece.source_key)
         for target, source in zip(_points(piece.target), _points(piece.source), strict=True):
             layer, target = (target[0], target[1:]) if parsed.is_stacked else (parsed.layer, target)
-            source_layer, source = (source[0], source[1:]) if source_key.is_stacked else (source_key.layer, source)
+            source_layer, source = (
+                (source[0], source[1:]) if source_key.is_stacked else (source_key.layer, source)
+            )
             assert layer is not None
             assert source_layer == plan.layers.sources[layer]
             if parsed.rule.expert_axis:
@@ -228,7 +238,9 @@ def test_moments_of_experts_and_router_rows_are_divided_as_their_gradient_is_spl
         shape = (6, *(plan.target.num_experts if n == "E" else n for n in TENSORS[name]))
         pieces = plan.resolve(f"optimizer.state.{state}.decoder.layers.{name}", shape, _whole(shape))  # type: ignore[arg-type]
         assert [piece.transform for piece in pieces] == [expected] * (6 * plan.target.num_experts)
-    (piece, *_) = plan.resolve(f"optimizer.state.{state}.decoder.layers.{QKV}", (6, 12, 4), _whole((6, 12, 4)))
+    (piece, *_) = plan.resolve(
+        f"optimizer.state.{state}.decoder.layers.{QKV}", (6, 12, 4), _whole((6, 12, 4))
+    )
     assert piece.transform == Copy()
 
 
@@ -251,7 +263,9 @@ def test_depth_copies_keep_their_moments_even_where_their_output_starts_at_zero(
         ("input_layernorm.weight", False),
     ],
 )
-def test_zero_output_zeroes_what_the_copies_write_into_the_residual_stream(state: str, name: str, is_output: bool) -> None:
+def test_zero_output_zeroes_what_the_copies_write_into_the_residual_stream(
+    state: str, name: str, is_output: bool
+) -> None:
     plan = make_plan(zero_output=True)
     pieces = plan.resolve(f"{state}decoder.layers.{name}", (6, 4), _whole((6, 4)))
     assert [piece.transform for piece in pieces] == [Copy(), Zero() if is_output else Copy()] * 3
@@ -286,7 +300,9 @@ def _targets(plan: GrowthPlan, key: str, shape: tuple[int, ...]) -> dict[str, tu
 
 
 def test_depth_grows_axis_0_of_a_stack_and_width_the_expert_axis() -> None:
-    assert _targets(make_plan(), f"decoder.layers.{FC1}", (3, 2, 6, 4)) == {f"decoder.layers.{FC1}": (6, 4, 6, 4)}
+    assert _targets(make_plan(), f"decoder.layers.{FC1}", (3, 2, 6, 4)) == {
+        f"decoder.layers.{FC1}": (6, 4, 6, 4)
+    }
     assert _targets(make_plan(), f"decoder.layers.{QKV}", (3, 12, 4)) == {f"decoder.layers.{QKV}": (6, 12, 4)}
     assert _targets(make_plan(factor=1), f"decoder.layers.{FC1}", (3, 2, 6, 4)) == {
         f"decoder.layers.{FC1}": (6, 2, 6, 4)
@@ -351,7 +367,9 @@ EXPERT_STATE = "mlp.experts.experts.linear_fc1._extra_state"
         ("per_layer", "stacked", "common_state/shard_0_1", {"common_state/shard_0_1"}),
     ],
 )  # fmt: skip
-def test_objects_move_with_their_layers_and_experts(source_form, target_form, text: str, expected: set[str]) -> None:
+def test_objects_move_with_their_layers_and_experts(
+    source_form, target_form, text: str, expected: set[str]
+) -> None:
     plan = make_plan(source_form=source_form, target_form=target_form)
     assert {str(target) for target in plan.target_objects(parse_object(text))} == expected
 
@@ -362,7 +380,8 @@ def test_objects_move_with_their_layers_and_experts(source_form, target_form, te
         (
             f"decoder.layers.{QKV}",
             (4, 12, 4),
-            f"decoder.layers.{QKV} stacks 4 layers but the model has 3; the checkpoint's tensors and arguments disagree",
+            f"decoder.layers.{QKV} stacks 4 layers but the model has 3; "
+            "the checkpoint's tensors and arguments disagree",
         ),
         (
             f"decoder.layers.{FC1}",
@@ -372,7 +391,9 @@ def test_objects_move_with_their_layers_and_experts(source_form, target_form, te
         ),
     ],
 )
-def test_a_tensor_that_contradicts_the_model_is_refused(key: str, shape: tuple[int, ...], message: str) -> None:
+def test_a_tensor_that_contradicts_the_model_is_refused(
+    key: str, shape: tuple[int, ...], message: str
+) -> None:
     with pytest.raises(PlanError) as refusal:
         _targets(make_plan(), key, shape)
     assert str(refusal.value) == message
@@ -395,25 +416,32 @@ def test_a_plan_of_another_version_is_refused() -> None:
     with pytest.raises(PlanError) as refusal:
         GrowthPlan.from_json(text)
     assert str(refusal.value) == (
-        "the plan is of version 99 but this megatron_growth reads version 1; read it with the version that wrote it"
+        "the plan is of version 99 but this megatron_growth reads version 1; "
+        "read it with the version that wrote it"
     )
 
 
 def test_the_fingerprint_changes_with_every_field() -> None:
     plan = make_plan()
+    architecture = [{"num_layers": 9}, {"num_experts": 9}, {"top_k": 9}, {"key_form": "per_layer"}]
+    experts = [{"num_source": 3}, {"factor": 3}, {"order": "append"}]
     changes = {
-        "source": [replace(plan.source, **{f.name: v}) for f, v in zip(fields(plan.source), (9, 9, 9, "per_layer"), strict=True)],
-        "target": [replace(plan.target, **{f.name: v}) for f, v in zip(fields(plan.target), (9, 9, 9, "per_layer"), strict=True)],
+        "source": [replace(plan.source, **change) for change in architecture],
+        "target": [replace(plan.target, **change) for change in architecture],
         "layers": [LayerMap(3, (0, 1, 2, 0, 1, 2)), LayerMap(4, plan.layers.sources)],
-        "experts": [replace(plan.experts, **c) for c in ({"num_source": 3}, {"factor": 3}, {"order": "append"})],
+        "experts": [replace(plan.experts, **change) for change in experts],
         "zero_output": [True],
         "noise": [NoiseScale(0.011, 0.02), NoiseScale(0.01, 0.021)],
         "optimizer": ["copy", "reset"],
         "masters": ["param", "fp32_param"],
         "seed": [1235],
-    }  # fmt: skip
+        "arguments": [(("moe_router_num_groups", 8),), (("moe_router_num_groups", 9),)],
+    }
+    assert [set(change) for change in architecture] == [{f.name} for f in fields(Architecture)]
     assert set(changes) == {f.name for f in fields(GrowthPlan)}
-    changed = [replace(plan, **{name: value}).fingerprint for name, values in changes.items() for value in values]
+    changed = [
+        replace(plan, **{name: value}).fingerprint for name, values in changes.items() for value in values
+    ]
     assert len({plan.fingerprint, *changed}) == 1 + len(changed)
 
 

@@ -1,0 +1,120 @@
+"""What bad input gets: one line that says what, why and what to do; no traceback, no hang, exit code not 0."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_growth.errors import GrowthError
+from megatron_growth.training import cpu_backend, entry
+from tests.checkpoint.bases import Model, megatron, objects, save, tensors
+from tests.megatron.driver import REPOSITORY
+
+BASE = Model(layers=4, experts=4, states=("param", "exp_avg", "exp_avg_sq"))
+GROWTH = {"depth": {"factor": 2}, "width": {"factor": 2}, "optimizer": "reset"}
+
+
+def checkpoint(folder: Path, model: Model = BASE, **more: Any) -> Path:
+    """A Megatron checkpoint directory."""
+    save(folder / "iter_0000007", {**tensors(model), **objects(model), **more}, megatron())
+    (folder / "latest_checkpointed_iteration.txt").write_text("7")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("base"))
+
+
+def refusal(tmp_path: Path, base: Path, growth: dict[str, Any], argv: list[str] = ()) -> str:  # type: ignore[assignment]
+    """The message with which the entry point refuses; the training itself must never be reached."""
+    cpu_backend.install()
+    file = tmp_path / "growth.yaml"
+    file.write_text(yaml.safe_dump({"base": {"load": str(base)}, "growth": growth}))
+    with pytest.raises(GrowthError) as refused:
+        entry.train(["--growth-config", str(file), *argv], lambda words: pytest.fail(f"trained with {words}"))
+    message = str(refused.value)
+    assert "\n" not in message
+    return message
+
+
+# growth or command line, and what its refusal says.
+CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "factor 1": ({"depth": {"factor": 1}}, [], ["growth.depth.factor 1", "greater than or equal to 2"]),
+    "factor 0": ({"width": {"factor": 0}}, [], ["growth.width.factor 0"]),
+    "a misspelt key": ({"depht": {}}, [], ["growth.depht", "did you mean 'depth'"]),
+    "too few target layers": ({"depth": {"target_layers": 4}}, [], ["target_layers (4)", "above", "(4)"]),
+    "skips that leave nothing": ({"depth": {"skip_first": 2, "skip_last": 2}}, [], ["skip_first (2)", "leave no layer"]),
+    "nothing to grow": ({}, [], ["neither `depth` nor `width`"]),
+    "EP that does not divide": (GROWTH, ["--expert-model-parallel-size", "3"],
+                                ["expert_model_parallel_size (3) must divide num_experts (8)"]),
+    "layers against the plan": (GROWTH, ["--num-layers", "6"], ["--num-layers 6 contradicts", "has 8"]),
+    "experts against the plan": (GROWTH, ["--num-experts=16"], ["--num-experts 16 contradicts", "has 8"]),
+    "top-k against the plan": (GROWTH, ["--moe-router-topk", "2"], ["--moe-router-topk 2 contradicts", "has 4"]),
+    "a layer pattern against the plan": (GROWTH, ["--moe-layer-freq", "[0]+[1]*7"], ["--moe-layer-freq", "contradicts"]),
+    "another checkpoint format": (GROWTH, ["--ckpt-format", "torch"], ["--ckpt-format 'torch'", "torch_dist"]),
+    "an iteration that is not there": (GROWTH, ["--ckpt-step", "8"], ["iter_0000008", "does not exist", "iter_0000007"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_refused_on_one_line(name: str, tmp_path: Path, base: Path) -> None:
+    growth, argv, said = CASES[name]
+    message = refusal(tmp_path, base, growth, argv)
+    for part in said:
+        assert part in message
+
+
+def test_the_base_is_never_the_runs_own_directory(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "link").symlink_to(base)
+    message = refusal(tmp_path, base, GROWTH, ["--save", str(tmp_path / "link")])
+    assert "--load and --save are the same directory" in message
+
+
+def test_a_missing_base(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path, tmp_path / "nowhere", GROWTH)
+
+
+def test_a_half_written_base(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "base")
+    largest = max((folder / "iter_0000007").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    assert "is incomplete" in refusal(tmp_path, folder, GROWTH)
+    (folder / "iter_0000007" / ".metadata").unlink()
+    assert "has no .metadata" in refusal(tmp_path, folder, GROWTH)
+
+
+def test_width_of_a_dense_base(tmp_path: Path) -> None:
+    dense = checkpoint(tmp_path / "base", Model(experts=0))
+    assert "needs experts to clone" in refusal(tmp_path, dense, {"width": {"factor": 2}, "optimizer": "reset"})
+
+
+def test_a_key_that_the_grammar_does_not_know(tmp_path: Path) -> None:
+    import torch
+
+    odd = checkpoint(tmp_path / "base", **{"decoder.layers.mlp.gate.weight": torch.zeros(4, 4)})
+    assert "'decoder.layers.mlp.gate.weight' cannot be grown" in refusal(tmp_path, odd, GROWTH)
+
+
+def test_a_run_grown_by_another_configuration_is_not_taken_up(tmp_path: Path, base: Path) -> None:
+    run = checkpoint(tmp_path / "run")
+    (run / "growth_manifest.json").write_text('{"growth": {"depth": null}}')
+    assert "grown by another configuration" in refusal(tmp_path, base, GROWTH, ["--save", str(run)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["megatron_growth.pretrain", "megatron_growth.run"])
+def test_all_ranks_stop_and_one_speaks(module: str, tmp_path: Path, base: Path) -> None:
+    file = tmp_path / "growth.yaml"
+    file.write_text(yaml.safe_dump({"base": {"load": str(base)}, "growth": GROWTH}))
+    script = [str(REPOSITORY / "megatron_growth" / "demo" / "train.py")] if module.endswith("run") else []
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
+    command += [*script, "--growth-config", str(file), "--num-layers", "6"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("megatron_growth: error")]
+    assert "--num-layers 6 contradicts" in line
+    assert f'File "{REPOSITORY}/megatron_growth' not in done.stderr  # torchrun prints a traceback of its own, not of ours
