@@ -1,8 +1,8 @@
-"""The `megatron-growth` command: `plan` what growth would do, `inspect` a checkpoint, `verify` one, run the `demo`.
+"""The `megatron-growth` command: `plan` growth, `inspect` and `verify` checkpoints, run the `demo`.
 
-A skin over the library: each command is a few lines. `plan`, `inspect` and `verify` only read; growing happens in
-`python -m megatron_growth.pretrain`, while Megatron loads. Exit codes: 0 done, 1 not verified, 2 for the user to put
-right.
+A skin over the library: each command is a few lines. `plan`, `inspect` and `verify` only read; growing
+happens in `python -m megatron_growth.pretrain`, while Megatron loads. Exit codes: 0 done, 1 not verified, 2
+for the user to put right.
 """
 
 import json
@@ -100,16 +100,19 @@ def inspect_command(
 
 @app.command("verify")
 def verify_command(
-    base: Annotated[Path, typer.Argument(help="Base checkpoint directory, or one iter_* in it.", show_default=False)],
+    base: Annotated[
+        Path, typer.Argument(help="Base checkpoint directory, or one iter_* in it.", show_default=False)
+    ],
     grown: Annotated[
-        Path | None, typer.Argument(help="Grown checkpoint, not yet trained on; the view of the base by default.")
+        Path | None,
+        typer.Argument(help="Grown checkpoint, not yet trained on; the view of the base by default."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="How it was grown, instead of the manifest beside it.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a grown checkpoint is, bit for bit, what its plan makes of the base; exit 1 where it is not."""
+    """Check that a grown checkpoint is, bit for bit, what its plan makes of the base; if not, exit 1."""
     growth = load_config(config).growth if config else None
     with _quiet():
         result = _verified(checkpoint_directory(base), grown and checkpoint_directory(grown), growth)

@@ -136,7 +136,7 @@ def _parts(view: GrownView, destinations: Iterable[Destination], planner: LoadPl
     for destination in destinations:
         key = destination.item.storage_index.fqn
         dtype = view.dtype(key)
-        for piece in view.plan.resolve(key, view.shapes[key], destination.box):
+        for piece in view.resolve(key, destination.box):
             if isinstance(piece.transform, Zero):
                 destination.write(piece.target, None, planner)
                 continue
@@ -271,7 +271,9 @@ def _check_masters(view: GrownView, unit: Unit, chunks: Chunks) -> None:
     """
     for key, box in unit.chunks:
         weight = view.weight_of_master(key)
-        for other in view.source_chunks(weight, box) if weight else ():
+        if weight is None:
+            continue
+        for other in view.source_chunks(weight, box):
             overlap = other.intersect(box)
             if overlap is None or (weight, other) not in chunks:
                 continue

@@ -92,7 +92,7 @@ def normals(key: int, start: int, count: int) -> NDArray[np.float32]:
     words = philox(np.arange(first, last, dtype=np.uint64), key)
     indices = words.astype("<u4", copy=False).view("<u2").reshape(-1)
     skip = start - first * _PER_COUNTER
-    return normal_table()[indices[skip : skip + count]]
+    return np.take(normal_table(), indices[skip : skip + count])
 
 
 def add_noise(values: torch.Tensor, *, box: Box, shape: tuple[int, ...], stream: Stream, scale: float) -> None:

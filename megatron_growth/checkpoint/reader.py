@@ -53,7 +53,7 @@ class GrowthStorageReader(StorageReader):
         adjust: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         super().__init__()
-        self.source = SourceCheckpoint(checkpoint_dir, base, weights_only=growth.optimizer == "reset")
+        self.source = SourceCheckpoint(Path(checkpoint_dir), base, weights_only=growth.optimizer == "reset")
         self.plan = growth if isinstance(growth, GrowthPlan) else plan_for(self.source, growth)
         self.view = GrownView(self.source, self.plan)
         self._adjust = adjust

@@ -5,7 +5,7 @@ anew and changes nothing.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_growth.checkpoint.source import SourceCheckpoint, SourceTensor
 from megatron_growth.errors import PlanError
-from megatron_growth.planning.keys import Key
-from megatron_growth.planning.plan import MASTER_STATES, Box, GrowthPlan, Shape
+from megatron_growth.planning.keys import Key, parse
+from megatron_growth.planning.plan import MASTER_STATES, Box, GrowthPlan, Piece, Shape
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,18 @@ class GrownView:
         entries.update({text: BytesStorageMetadata() for text in self.objects})
         return Metadata(
             state_dict_metadata=entries, planner_data={text: (text,) for text in entries}, storage_data={}
+        )
+
+    def resolve(self, key: str, box: Box) -> tuple[Piece, ...]:
+        """The plan's answer for a box of target tensor `key`, where the base has what it names.
+
+        The plan makes noisy weights from their masters; a weight that is fp32 itself has none and is its own.
+        """
+        pieces = self.plan.resolve(key, self.shapes[key], box)
+        known = self.source.tensors
+        return tuple(
+            piece if piece.source_key in known else replace(piece, source_key=str(parse(piece.source_key).of(None)))
+            for piece in pieces
         )
 
     def source_chunks(self, key: str, box: Box) -> list[Box]:

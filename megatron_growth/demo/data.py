@@ -11,8 +11,11 @@ files.
 """
 
 import hashlib
+import logging
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +124,9 @@ def write_dataset(prefix: Path, texts: Iterable[bytes]) -> int:
     """Write Megatron's indexed dataset, one document for each text; returns its size in tokens."""
     import numpy
     import torch
-    from megatron.core.datasets import indexed_dataset
+
+    with _quiet():
+        from megatron.core.datasets import indexed_dataset
 
     binary = indexed_dataset.get_bin_path(str(prefix))
     builder = indexed_dataset.IndexedDatasetBuilder(binary, dtype=numpy.uint8)
@@ -133,6 +138,19 @@ def write_dataset(prefix: Path, texts: Iterable[bytes]) -> int:
         total += _num_tokens(text)
     builder.finalize(indexed_dataset.get_idx_path(str(prefix)))
     return total
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch and Megatron say on import about CUDA and Apex: no matter for a file."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
 
 
 def _num_tokens(text: bytes) -> int:

@@ -18,7 +18,7 @@ _PATIENCE_SECONDS = 30
 # The line that says what went wrong: ours, or as in `[rank0]: RuntimeError: shape mismatch`.
 _CAUSES = (
     re.compile(r"^megatron_growth: error.*?: (.*)$", re.MULTILINE),
-    re.compile(r"^\[rank\d+\]: (\w*(?:Error|Exception)\b.*)$", re.MULTILINE),
+    re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)$", re.MULTILINE),
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from megatron_growth.demo.settings import TOKENS_PER_STEP
@@ -104,9 +105,10 @@ def measured(base: Curves, grown: Curves, scratch: Curves, sizes: tuple[Size, Si
 
 def table(models: Sequence[Model]) -> Table:
     """For a terminal."""
-    shown = Table(title="Held-out loss", title_justify="left", title_style="bold")
-    shown.add_column("model")
-    for name in ("layers", "experts", "top-k", "own tokens", "all tokens", "nats/byte"):
+    shown = Table(title="Held-out loss, in nats per byte", box=SIMPLE_HEAD, pad_edge=False)
+    shown.title_justify, shown.title_style = "left", "bold"
+    shown.add_column("model", no_wrap=True)
+    for name in ("layers", "experts", "top-k", "own tokens", "in all", "loss"):
         shown.add_column(name, justify="right")
     for model in models:
         size = (str(number) for number in astuple(model.size))

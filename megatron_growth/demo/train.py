@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_growth.training import cpu_backend
+from megatron_growth.training.entry import one_line_errors
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     from megatron_growth.training import gpt
 
     own, _ = _add_options(argparse.ArgumentParser(allow_abbrev=False)).parse_known_args(words)
-    with recording(own.record), _first_sample(own.first_sample):
+    with one_line_errors(), recording(own.record), _first_sample(own.first_sample):
         gpt.run(words, extra_args_provider=_add_options)
 
 

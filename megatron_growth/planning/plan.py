@@ -249,9 +249,8 @@ class GrowthPlan:
         parsed = parse(key)
         if parsed.place == "outside":
             return (Piece(box, key, box, Copy()),)
-        at, layers = 0, (parsed.layer,)
-        if parsed.is_stacked:
-            at, layers = 1, tuple(_span(box, 0))
+        at = int(parsed.is_stacked)
+        layers: Sequence[int | None] = _span(box, 0) if at else (parsed.layer,)
         if not parsed.rule.expert_axis:
             return tuple(self._piece(parsed, tuple(shape), box, at, layer, None) for layer in layers)
         return tuple(
@@ -305,10 +304,10 @@ class GrowthPlan:
 
     def _split(self, key: Key, shape: Shape, model: Architecture) -> tuple[Sequence[int], Shape]:
         """The layers that a tensor holds, and its shape for one of them."""
-        if not key.is_stacked:
-            layers, rest = (() if key.layer is None else (key.layer,)), shape
-        else:
-            layers, rest = tuple(range(shape[0])), shape[1:]
+        layers: Sequence[int] = () if key.layer is None else (key.layer,)
+        rest = shape
+        if key.is_stacked:
+            layers, rest = range(shape[0]), shape[1:]
             if shape[0] != model.num_layers:
                 raise PlanError(
                     f"{key} stacks {shape[0]} layers but the model has {model.num_layers}; "

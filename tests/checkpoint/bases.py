@@ -1,7 +1,7 @@
 """Tiny base checkpoints, as Megatron writes them: keys, shapes, chunk grid, objects and common state.
 
-A `Model` says what is in the checkpoint; `tensors` and `objects` are its contents, every value different; `save`
-writes them through torch's own DCP writer, cut into whatever chunks are asked for, over several files.
+A `Model` says what is in the checkpoint; `tensors` and `objects` are its contents, every value different;
+`save` writes them through torch's own DCP writer, cut into whatever chunks are asked for, over several files.
 """
 
 import io

@@ -1,8 +1,9 @@
 """The definition of a grown checkpoint, by the shortest route that is plainly right: whole tensors and loops.
 
-For each target layer, take its source layer; for each target expert, its source expert; add what the definition
-of noise says, element by element. Nothing here knows of boxes, chunks or readers, and nothing comes from the
-package: Philox runs on Python's integers, sigma on fractions. What the view gives must equal this, bit for bit.
+For each target layer, take its source layer; for each target expert, its source expert; add what the
+definition of noise says, element by element. Nothing here knows of boxes, chunks or readers, and nothing
+comes from the package: Philox runs on Python's integers, sigma on fractions. The view must equal this bit
+for bit.
 """
 
 import hashlib

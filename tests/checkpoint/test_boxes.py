@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_growth import GrowthConfig, GrowthStorageReader
+from megatron_growth.checkpoint import fanout
 from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.planning.build import build_plan
 from tests.checkpoint import bases, definition
@@ -163,7 +164,11 @@ def test_a_small_box_reads_only_the_chunks_that_it_needs(tmp_path: Path) -> None
     assert sorted(read) == [(2, 1, row, 0) for row in (0, 2, 4, 6)]
 
 
-def test_chunks_are_read_in_the_order_in_which_they_lie_on_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", [fanout.BATCH_BYTES, 200])
+def test_chunks_are_read_in_the_order_in_which_they_lie_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(fanout, "BATCH_BYTES", batch)
     bases.save(tmp_path, bases.tensors(bases.Model()), bases.megatron())
     recorder = RecordingReader(tmp_path)
     reader = GrowthStorageReader(tmp_path, GrowthConfig.model_validate({"depth": {}}), base=recorder)
@@ -173,3 +178,4 @@ def test_chunks_are_read_in_the_order_in_which_they_lie_on_disk(tmp_path: Path) 
     places = [(info.relative_path, info.offset) for info in infos]
     assert places == sorted(places)
     assert len({name for name, _ in places}) == 3
+    assert (len(recorder.calls) > 10) == (batch == 200)

@@ -72,7 +72,7 @@ def test_a_stream_equals_the_definition(stream: Stream, text: str) -> None:
 
 
 def test_a_stream_is_what_it_was() -> None:
-    """Pinned: another value is another STREAM_VERSION, and old manifests say too little to remake their model."""
+    """Pinned: another value is another STREAM_VERSION, and old manifests no longer remake their model."""
     assert stream_key(STREAM) == 0x6025BA489B42E562
     assert normals(stream_key(STREAM), 0, 3).tolist() == [
         -0.46122846007347107,

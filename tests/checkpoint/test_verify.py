@@ -1,6 +1,6 @@
 """Verification passes what is exactly the grown checkpoint, and names what is wrong with anything else.
 
-Each grown checkpoint here is the view, loaded through DCP and saved again; each mutation changes one thing of it.
+Each grown checkpoint here is the view, loaded through DCP and saved again; each mutation changes one thing.
 """
 
 import ast
@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_growth import GrowthConfig, GrowthStorageReader, cli
+from megatron_growth import GrowthConfig, GrowthPlan, GrowthStorageReader, cli
 from megatron_growth.checkpoint import fanout, manifest
 from megatron_growth.checkpoint.source import TRACKER
-from megatron_growth.checkpoint.verify import Problem, Verification, verify
-from megatron_growth.checkpoint.verify import definition as verifier
+from megatron_growth.checkpoint.verify import Problem, Verification, values, verify
 from megatron_growth.errors import CheckpointError, ConfigError
 from megatron_growth.planning.build import build_plan
 from tests.checkpoint import bases, definition
@@ -52,9 +52,8 @@ class Grown:
 
 
 def grown(directory: Path, model: Model, growth: dict[str, Any], **plan: Any) -> Grown:
-    base = bases.save(
-        directory / "base" / "iter_0000007", {**bases.tensors(model), **bases.objects(model)}, bases.megatron()
-    )
+    state = {**bases.tensors(model), **bases.objects(model)}
+    base = bases.save(directory / "base" / "iter_0000007", state, bases.megatron())
     (directory / "base" / TRACKER).write_text("7")
     config = GrowthConfig.model_validate(growth)
     reader = GrowthStorageReader(base, config)
@@ -62,7 +61,8 @@ def grown(directory: Path, model: Model, growth: dict[str, Any], **plan: Any) ->
         made = build_plan(config, reader.source.architecture, masters=reader.source.masters, **plan)
         reader = GrowthStorageReader(base, made)
     tensors, objects = load_all(reader)
-    return Grown(base, tensors, objects, manifest.describe(reader.source, directory / "base", config, reader.plan))
+    written = manifest.describe(reader.source, directory / "base", config, reader.plan)
+    return Grown(base, tensors, objects, written)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,13 @@ def test_a_router_row_of_the_wrong_expert_is_found(mutable, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_layers", 2), ("num_experts", 2), ("moe_router_topk", 2), ("hidden_size", 8), ("moe_layer_freq", [1, 0, 1, 1])],
+    [
+        ("num_layers", 2),
+        ("num_experts", 2),
+        ("moe_router_topk", 2),
+        ("hidden_size", 8),
+        ("moe_layer_freq", [1, 0, 1, 1]),
+    ],
 )
 def test_a_wrong_argument_in_the_common_state_is_found(name, value, mutable, tmp_path):
     setattr(mutable.objects[COMMON_STATE][0]["args"], name, value)
@@ -305,7 +311,8 @@ def test_noise_from_another_seed_is_found(tmp_path):
     noisy = {f"decoder.layers.{name}" for name in (FC1, FC2, ROUTER)}
     masters = {f"optimizer.state.param.{key}" for key in noisy}
     assert {key for key, _, _ in sites(result)} == noisy | masters
-    assert {(layer, expert) for _, layer, expert in sites(result)} == {(t, e) for t in range(4) for e in (1, 3)}
+    clones = {(layer, expert) for layer in range(4) for expert in (1, 3)}
+    assert {(layer, expert) for _, layer, expert in sites(result)} == clones
     assert any("seed 1234" in problem.what for problem in result.problems)
 
 
@@ -325,20 +332,32 @@ def test_a_value_that_is_no_number_is_found(mutable, tmp_path):
     assert all(problem.difference != problem.difference for problem in problems)
 
 
-def test_bytes_damaged_on_disk_are_found(small, tmp_path):
+@pytest.mark.parametrize("how", ["one bit", "all bytes"])
+@pytest.mark.parametrize(
+    "key", [f"decoder.layers.{FC1}", "output_layer._extra_state/shard_0_1", COMMON_STATE]
+)
+def test_damage_on_disk_is_found(key, how, small, tmp_path):
     directory = small.write(tmp_path, bases.megatron())
-    content = bytearray((directory / "__0_0.distcp").read_bytes())
-    content[: len(content) // 8] = b"\0" * (len(content) // 8)
-    (directory / "__0_0.distcp").write_bytes(content)
+    stored = FileSystemReader(directory).read_metadata().storage_data
+    info = next(info for index, info in stored.items() if index.fqn == key)
+    content = bytearray((directory / info.relative_path).read_bytes())
+    if how == "all bytes":
+        content[info.offset : info.offset + info.length] = b"\0" * info.length
+    else:
+        # The last of a tensor's data, or of a pickle's text: in the middle of torch's archive.
+        at = content.index(b"PK\x07\x08", info.offset) - 2
+        content[at] ^= 1
+    (directory / info.relative_path).write_bytes(content)
     result = verify(small.base, directory)
-    assert result.problems
-    assert any("cannot be read" in problem.what for problem in result.problems)
+    assert {problem.key for problem in result.problems} == {key}
 
 
 # -- the manifest --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", ["plan_fingerprint", "base_fingerprint", "iteration", "seed", "noise_scale"])
+@pytest.mark.parametrize(
+    "field", ["plan_fingerprint", "base_fingerprint", "iteration", "seed", "noise_scale"]
+)
 def test_a_manifest_that_contradicts_itself_or_the_base_is_found(field, mutable, tmp_path):
     mutable.manifest[field] = "other"
     (problem,) = mutable.verified(tmp_path).problems
@@ -367,7 +386,7 @@ def test_a_base_that_was_saved_again_is_found(small, tmp_path):
 def test_a_grown_checkpoint_without_a_manifest_is_bad_input(small, tmp_path):
     directory = small.write(tmp_path)
     (tmp_path / manifest.MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match="growth_manifest.json"):
+    with pytest.raises(CheckpointError, match="no growth_manifest"):
         verify(small.base, directory)
 
 
@@ -392,7 +411,7 @@ def test_a_base_with_a_damaged_master_is_reported(tmp_path):
     assert any("in the base, is not its fp32 master" in problem.what for problem in result.problems)
 
 
-# -- the route ------------------------------------------------------------------------------------------------
+# -- the route -----------------------------------------------------------------------------------------------
 
 
 def test_the_verifier_takes_another_route_than_growth(monkeypatch, small, tmp_path):
@@ -403,23 +422,23 @@ def test_the_verifier_takes_another_route_than_growth(monkeypatch, small, tmp_pa
         raise AssertionError("growth's own route")
 
     for owner, name in (
-        (type(GrowthStorageReader(small.base, GrowthConfig.model_validate(BOTH)).plan), "resolve"),
-        (type(GrowthStorageReader(small.base, GrowthConfig.model_validate(BOTH)).plan), "target_tensors"),
-        (type(GrowthStorageReader(small.base, GrowthConfig.model_validate(BOTH)).plan), "target_objects"),
+        (GrowthPlan, "resolve"),
+        (GrowthPlan, "target_tensors"),
+        (GrowthPlan, "target_objects"),
         (fanout, "read_tensors"),
         (fanout, "add_noise"),
         (fanout, "standard_deviation"),
     ):
         monkeypatch.setattr(owner, name, forbidden)
     assert verify(small.base, directory).passed
-    package = Path(verifier.__file__).parent
+    package = Path(values.__file__).parent
     imported = {
         node.module
         for file in package.glob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.ImportFrom)
     }
-    banned = {"megatron_growth.checkpoint.view", "megatron_growth.checkpoint.fanout", "megatron_growth.checkpoint.sigma"}
+    banned = {f"megatron_growth.checkpoint.{module}" for module in ("view", "fanout", "sigma")}
     assert imported
     assert not imported & banned
 
@@ -428,8 +447,8 @@ def test_sigma_is_the_definitions_to_the_bit():
     generator = torch.Generator().manual_seed(0)
     for numel in (1, 2, 3, 1000):
         for scale in (1e-30, 1.0, 1e20):
-            values = torch.randn(numel, generator=generator) * scale
-            assert verifier.standard_deviation(values) == definition.sigma(values)
+            tensor = torch.randn(numel, generator=generator) * scale
+            assert values.standard_deviation(tensor) == definition.sigma(tensor)
 
 
 def test_each_chunk_of_the_base_is_read_at_most_a_few_times(monkeypatch, small, tmp_path):
@@ -489,7 +508,10 @@ def test_the_command_verifies_the_view(run, small, tmp_path):
     assert "verified" in out
 
 
-@pytest.mark.parametrize("argv", [("missing",), ("missing", "--config", "missing.yaml"), ("{base}", "missing"), ("{base}",)])
+@pytest.mark.parametrize(
+    "argv",
+    [("missing",), ("missing", "--config", "missing.yaml"), ("{base}", "missing"), ("{base}",)],
+)
 def test_bad_input_is_one_line_and_exit_2(argv, run, small):
     code, out, err = run("verify", *(word.format(base=small.base.parent) for word in argv))
     assert (code, out) == (2, "")

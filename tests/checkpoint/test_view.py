@@ -1,4 +1,4 @@
-"""The grown view of whole checkpoints equals the definition: tensors to the bit, objects, the common state."""
+"""The grown view of a whole checkpoint equals the definition: tensors to the bit, objects, common state."""
 
 import hashlib
 import os

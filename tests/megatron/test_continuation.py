@@ -33,9 +33,10 @@ def _with(arguments: list[str], **values: str | None) -> list[str]:
     return words
 
 
-# A constant rate and no clipping: what is compared is Adam's arithmetic alone.
+# A constant rate, no clipping, and an epsilon that vanishes beside any gradient: what is compared is Adam's arithmetic
+# alone. At the usual 1e-8 a clone with gradient g / m feels epsilon m times as strongly, and the paths part by 4e-4.
 RUN = _with([*MODEL, *NO_DROPOUT], lr_decay_style="constant", lr_warmup_iters=None, lr_decay_iters=None,
-            min_lr=None, clip_grad="0", train_iters=str(BASE_STEPS), save_interval="1000")  # fmt: skip
+            min_lr=None, clip_grad="0", adam_eps="1e-15", train_iters=str(BASE_STEPS), save_interval="1000")  # fmt: skip
 PLAIN = _with(RUN, use_distributed_optimizer=None, dist_ckpt_optim_fully_reshardable=None)
 
 # name -> optimizer arguments and layout of the base, layout of the grown run.
@@ -131,7 +132,7 @@ def _distance(run: Result, other: Result) -> float:
 def test_rescaled_moments_follow_the_run_that_was_not_grown(runs: dict[str, Result]) -> None:
     distance = {rule: _distance(runs[rule], runs["not grown"]) for rule in ("rescale", "copy", "reset")}
     print(distance)
-    assert distance["rescale"] < 5e-5
+    assert distance["rescale"] < 5e-6
     assert distance["copy"] > 100 * distance["rescale"]
     assert distance["reset"] > 100 * distance["rescale"]
 

@@ -98,6 +98,12 @@ def test_a_dense_base_grows_in_depth() -> None:
             "skip_first (3) + skip_last (3) leave no layer of 4 to grow; they must sum to less than 4",
         ),
         (
+            {"depth": {}},
+            Architecture(4, 2, 3, "stacked"),
+            "moe_router_topk (3) must not be above num_experts (2); "
+            "the checkpoint's arguments are not those of a model that ran",
+        ),
+        (
             {"depth": {"target_layers": 4}},
             MOE,
             "target_layers (4) must be above the source's layers (4); growth only adds layers",

@@ -200,8 +200,9 @@ _UNKNOWN = (
     "not known; add a rule there or save the base without it"
 )
 _DP_RESHARDABLE = (
-    "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; save the base with "
-    "--dist-ckpt-optim-fully-reshardable, or grow weights only with `optimizer: reset`"
+    "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; change it with "
+    "`torchrun ... -m megatron_growth.reshard`, train the base with --dist-ckpt-optim-fully-reshardable, "
+    "or grow weights only with `optimizer: reset`"
 )
 _SINGLETON = (
     "experts saved one key each (singleton_local_shards) cannot be grown; save the base with megatron-core "

@@ -88,6 +88,9 @@ def plans(draw: st.DrawFn) -> GrowthPlan:
         target_form=draw(st.sampled_from(["stacked", "per_layer"])),
         zero_output=draw(st.booleans()),
         masters=draw(st.sampled_from([None, "param", "fp32_param"])),
+        arguments=draw(
+            st.sampled_from([(), (("moe_router_num_groups", 8), ("moe_router_topk_scaling_factor", 2.5))])
+        ),
     )
 
 

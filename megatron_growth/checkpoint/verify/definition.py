@@ -1,24 +1,23 @@
 """The definition of a grown checkpoint, one source layer and one source expert at a time.
 
     copy       every target of a source holds its bits
-    clone      target experts that are no originals: fp32(source) + fp32(alpha * sigma) * z, from the fp32 master
-               where there is one; a weight is the cast of its grown master
+    clone      target experts that are no originals: fp32(source) + fp32(alpha * sigma) * z, from the fp32
+               master where there is one; a weight is the cast of its grown master
     zero       with zero_output, what depth copies add to the residual stream
-    moment     with rescale, of whatever has an expert axis: exp_avg / m, exp_avg_sq / m^2, originals and clones alike
+    moment     with rescale, of whatever has an expert axis, originals and clones alike: exp_avg / m,
+               exp_avg_sq / m^2
 
-sigma is the sample standard deviation of one projection of one source expert, or of a layer's router matrix, of
-values on a grid of 2^-16 of the power of two above the largest. z is the documented stream of checkpoint/noise.py.
+sigma is taken over one projection of one source expert, or over a layer's router matrix.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from megatron_growth.checkpoint.noise import normals, stream_key
+from megatron_growth.checkpoint.noise import stream_key
+from megatron_growth.checkpoint.verify.values import noisy
 from megatron_growth.planning.keys import Key, parse
 from megatron_growth.planning.plan import GrowthPlan, Shape, Stream
 
@@ -41,8 +40,6 @@ _RESIDUAL_OUTPUTS = frozenset(
 _MASTERS = ("param", "fp32_param")
 _MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}  # the power of the gradient
 
-_BLOCK = 1 << 20  # elements at a time, so that fp64 copies stay small
-
 
 @dataclass(frozen=True)
 class Part:
@@ -54,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Target:
-    """What becomes of a source part: `layer` and `expert` of the grown model, None where there is no such axis."""
+    """What becomes of a source part: `layer` and `expert` of the grown model, None without such an axis."""
 
     layer: int | None
     expert: int | None
@@ -62,7 +59,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Source:
-    """One layer, and one expert where there are any, of one of the base's tensors, in all its optimizer states.
+    """One layer and expert of one of the base's tensors, in all its optimizer states.
 
     Attributes:
         tensor: the model's tensor; of the decoder without its layer.
@@ -184,7 +181,7 @@ class Definition:
         name, expert = str(source.tensor), target.expert
         assert expert is not None
         stream = Stream(self._plan.seed, name, target.layer, expert)
-        return _noisy(exact, stream_key(stream), self._alpha(source) * sigma, dtype)
+        return noisy(exact, stream_key(stream), self._alpha(source) * sigma, dtype)
 
     def moment(self, source: Source, state: str, value: torch.Tensor) -> torch.Tensor:
         """The moment of every target of a source part."""
@@ -231,38 +228,6 @@ def is_moment(state: str | None) -> bool:
 
 def is_master(state: str | None) -> bool:
     return state in _MASTERS
-
-
-def standard_deviation(values: torch.Tensor) -> float:
-    """Sample standard deviation of the values on their grid, by exact integer sums.
-
-    Raises:
-        ValueError: one is not finite; the message goes on from the tensor's name.
-    """
-    flat = values.reshape(-1)
-    count = flat.numel()
-    largest = float(flat.abs().max())
-    if not math.isfinite(largest):
-        raise ValueError("has values that are not finite, so its clones' noise has no scale; the base has diverged")
-    if largest == 0 or count < 2:
-        return 0.0
-    step = math.frexp(largest)[1] - 16
-    total = squares = 0
-    for start in range(0, count, _BLOCK):
-        grid = np.rint(np.ldexp(flat[start : start + _BLOCK].double().numpy(), -step)).astype(np.int64)
-        total += int(grid.sum())
-        squares += int((grid * grid).sum())
-    return math.ldexp(math.sqrt((count * squares - total**2) / (count * (count - 1))), step)
-
-
-def _noisy(exact: torch.Tensor, key: int, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    flat = exact.reshape(-1)
-    grown = torch.empty(flat.shape, dtype=dtype)
-    for start in range(0, flat.numel(), _BLOCK):
-        block = flat[start : start + _BLOCK].float()
-        noise = torch.from_numpy(np.float32(scale) * normals(key, start, block.numel()))
-        grown[start : start + _BLOCK] = (block + noise).to(dtype)
-    return grown.view(exact.shape)
 
 
 def _has_experts(key: Key) -> bool:

@@ -1,26 +1,23 @@
-"""Every pickled object, and the common state's description of the grown model.
+"""Every pickled object.
 
-Extra states (fp8 scales, say) sit one at each grid position, `<key>/shard_<layer>.<expert>_<L>.<E>`; a grown one is
-its source's. The state of a run (random numbers, the rerun machine) has a grid of ranks, and a run has its own: that
-it is whole is checked, what is in it is not.
+Extra states (fp8 scales, say) sit one at each grid position, `<key>/shard_<layer>.<expert>_<L>.<E>`; a grown
+one is its source's. The state of a run (random numbers, the rerun machine) has a grid of ranks, and a run has
+its own: that it is whole is checked, what is in it is not.
 """
 
 import io
 import math
 import re
-from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import batched
 from typing import Any
 
 import torch
 
-from megatron_growth.checkpoint.source import COMMON_OBJECT
 from megatron_growth.checkpoint.verify.problem import Problem
 from megatron_growth.checkpoint.verify.stored import Stored
 from megatron_growth.errors import CheckpointError
-from megatron_growth.planning.patterns import PATTERN_ARGUMENTS, written_out
 from megatron_growth.planning.plan import GrowthPlan
 
 # decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_2.1_4.4
@@ -30,17 +27,11 @@ _DECODER = re.compile(r"decoder\.layers\.((?P<layer>\d+)\.)?(?P<name>.+)")
 _RUN_STATE = ("rng_state", "rerun_state_machine_state", "common_state")
 _BATCH = 256  # source objects in memory at a time, with all that became of them
 
-# What growth leaves as it is, of the arguments that shape a model. A run's other arguments are its own.
-_SHAPE_ARGUMENTS = (
-    "hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_latent_size",
-    "num_attention_heads", "num_query_groups", "kv_channels", "mtp_num_layers", "padded_vocab_size",
-    "moe_router_pre_softmax", "moe_router_score_function",
-)  # fmt: skip
-
 
 def check_objects(plan: GrowthPlan, base: Stored, grown: Stored, report: Callable[[Problem], None]) -> int:
     """Compare every object but the state of a run; how many were compared."""
-    expected = {target: text for text in base.objects if not _is_run_state(text) for target in _targets(plan, text)}
+    sources = [key for key in base.objects if not _is_run_state(key)]
+    expected = {target: source for source in sources for target in _targets(plan, source)}
     found = {key for key in grown.objects if not _is_run_state(key)}
     for key in sorted(expected.keys() - found):
         report(Problem(key, "is missing"))
@@ -120,14 +111,16 @@ def _targets(plan: GrowthPlan, text: str) -> Iterator[str]:
         experts = plan.experts
         clones = [target for target in range(experts.num_target) if experts.source(target) == position[0]]
         inner = [((clone, *position[1:]), (experts.num_target, *grid[1:])) for clone in clones]
+    num_layers = len(plan.layers.sources)
     for place, whole in inner:
         if not decoder:
             yield _shard(match["base"], place, whole)
-        for layer in layers:
-            if plan.target.key_form == "stacked":
-                yield _shard(f"decoder.layers.{decoder['name']}", (layer, *place), (len(plan.layers.sources), *whole))  # type: ignore[index]
-            else:
-                yield _shard(f"decoder.layers.{layer}.{decoder['name']}", place or (0,), whole or (1,))  # type: ignore[index]
+        elif plan.target.key_form == "stacked":
+            key = f"decoder.layers.{decoder['name']}"
+            yield from (_shard(key, (layer, *place), (num_layers, *whole)) for layer in layers)
+        else:
+            keys = (f"decoder.layers.{layer}.{decoder['name']}" for layer in layers)
+            yield from (_shard(key, place or (0,), whole or (1,)) for key in keys)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -145,7 +138,8 @@ def _is_run_state(text: str) -> bool:
 def _check_run_state(base: Stored, grown: Stored, report: Callable[[Problem], None]) -> None:
     """Each name of the base is there, with every position of one grid."""
     for name in sorted({text.partition("/")[0] for text in base.objects if _is_run_state(text)}):
-        shards = [match for key in grown.objects if (match := _OBJECT.fullmatch(key)) and match["base"] == name]
+        matches = [match for key in grown.objects if (match := _OBJECT.fullmatch(key))]
+        shards = [match for match in matches if match["base"] == name]
         grids = {match["grid"] for match in shards}
         if len(grids) != 1:
             report(Problem(name, "is missing" if not grids else f"has shards of {len(grids)} grids"))
@@ -155,73 +149,3 @@ def _check_run_state(base: Stored, grown: Stored, report: Callable[[Problem], No
 
 def _grid_size(grid: str) -> int:
     return math.prod(_numbers(grid))
-
-
-# -- the common state ----------------------------------------------------------------------------------------
-
-
-def check_common_state(
-    plan: GrowthPlan,
-    base: Mapping[str, Any] | None,
-    grown: Mapping[str, Any] | None,
-    report: Callable[[Problem], None],
-) -> None:
-    """The grown model's arguments describe it, and Adam is at the base's step."""
-    if base is None:
-        return
-    if grown is None:
-        report(Problem(COMMON_OBJECT, "is missing: the grown checkpoint has no common state"))
-        return
-    before, after = base.get("args"), grown.get("args")
-    if before is not None and after is None:
-        report(Problem(COMMON_OBJECT, "has no args"))
-    elif before is not None:
-        for what in _wrong_arguments(plan, before, after):
-            report(Problem(COMMON_OBJECT, what))
-    for what in _wrong_optimizer(plan, base.get("optimizer"), grown.get("optimizer")):
-        report(Problem(COMMON_OBJECT, what))
-
-
-def _wrong_arguments(plan: GrowthPlan, base: Namespace, grown: Namespace) -> Iterator[str]:
-    wanted: dict[str, Any] = {name: getattr(base, name, None) for name in _SHAPE_ARGUMENTS}
-    num_layers = len(plan.layers.sources)
-    wanted["num_layers"] = num_layers
-    if getattr(base, "encoder_num_layers", None) is not None:
-        wanted["encoder_num_layers"] = num_layers
-    wanted["num_experts"] = plan.experts.num_target or None
-    wanted["moe_router_topk"] = plan.target.top_k if plan.experts.num_target else getattr(base, "moe_router_topk", None)
-    for name, value in wanted.items():
-        if (found := getattr(grown, name, None)) != value:
-            yield f"args.{name} is {found!r}, not {value!r}"
-    for name in PATTERN_ARGUMENTS:
-        entries = written_out(name, getattr(base, name, None), plan.layers.num_source)
-        pattern = entries and [entries[source] for source in plan.layers.sources]
-        if (found := written_out(name, getattr(grown, name, None), num_layers)) != pattern:
-            yield f"args.{name} says {found!r} of the layers, not {pattern!r}"
-    layout = getattr(base, "pipeline_model_parallel_layout", None)
-    if layout is not None and num_layers > plan.layers.num_source:
-        if getattr(grown, "pipeline_model_parallel_layout", None) == layout:
-            yield f"args.pipeline_model_parallel_layout names the base's {plan.layers.num_source} layers"
-
-
-def _wrong_optimizer(plan: GrowthPlan, base: Any, grown: Any) -> Iterator[str]:
-    if plan.optimizer == "reset":
-        if grown is not None:
-            yield "has optimizer state, which the plan resets"
-    elif base is not None and grown is None:
-        yield "has no optimizer state, which the plan keeps"
-    elif base is not None and (before := set(_steps(base))) != (after := set(_steps(grown))):
-        yield f"has Adam at step {sorted(after)}, not {sorted(before)}"
-
-
-def _steps(state: Any) -> Iterable[int]:
-    """Every step in an optimizer's common state, `step` of its groups or `common_step`."""
-    if isinstance(state, Mapping):
-        for key, value in state.items():
-            if key in ("step", "common_step") and value is not None:
-                yield int(value)
-            else:
-                yield from _steps(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _steps(value)

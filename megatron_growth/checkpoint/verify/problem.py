@@ -13,7 +13,7 @@ class Problem:
         layer: target layer, None where there is none or it concerns all.
         expert: target expert, likewise.
         elements: how many elements differ; 0 where elements were not compared.
-        difference: largest |difference| of those; nan where one is not a number. None where none were compared.
+        difference: largest |difference| of those, nan where one is not a number; None likewise.
     """
 
     key: str

@@ -27,8 +27,8 @@ def plan_of(written: dict[str, Any], name: str) -> GrowthPlan:
     version = written.get("noise_stream_version")
     if version != STREAM_VERSION:
         raise CheckpointError(
-            f"{name} says noise stream version {version!r} but this megatron_growth draws version {STREAM_VERSION}; "
-            "verify with the version that grew it"
+            f"{name} says noise stream version {version!r} but this megatron_growth draws version "
+            f"{STREAM_VERSION}; verify with the version that grew it"
         )
     try:
         return GrowthPlan.from_json(json.dumps(written["plan"]))
@@ -40,16 +40,17 @@ def plan_of(written: dict[str, Any], name: str) -> GrowthPlan:
 
 def check_manifest(written: dict[str, Any], plan: GrowthPlan, source: SourceCheckpoint) -> Iterator[Problem]:
     """What in the manifest contradicts itself or the base."""
-    for field, stated, actual in (
-        ("plan_fingerprint", written.get("plan_fingerprint"), _hash(_canonical(written["plan"]))),
-        ("base_fingerprint", written.get("base_fingerprint"), _hash((source.directory / ".metadata").read_bytes())),
-        ("iteration", written.get("iteration"), (source.common_state or {}).get("iteration")),
-        ("seed", written.get("seed"), plan.seed),
-        ("noise_scale", written.get("noise_scale"), {"experts": plan.noise.experts, "router": plan.noise.router}),
-        ("optimizer", written.get("optimizer"), plan.optimizer),
-    ):
-        if stated != actual:
-            yield Problem(manifest.MANIFEST, f"says {field} {stated!r}, but it is {actual!r}")
+    actual = {
+        "plan_fingerprint": _hash(_canonical(written["plan"])),
+        "base_fingerprint": _hash((source.directory / ".metadata").read_bytes()),
+        "iteration": (source.common_state or {}).get("iteration"),
+        "seed": plan.seed,
+        "noise_scale": {"experts": plan.noise.experts, "router": plan.noise.router},
+        "optimizer": plan.optimizer,
+    }
+    for field, value in actual.items():
+        if (stated := written.get(field)) != value:
+            yield Problem(manifest.MANIFEST, f"says {field} {stated!r}, but it is {value!r}")
     yield from _check_growth(written, plan, source)
 
 
@@ -57,7 +58,9 @@ def _check_growth(written: dict[str, Any], plan: GrowthPlan, source: SourceCheck
     """The configuration it names, planned anew for this base, gives the plan it holds."""
     try:
         growth = GrowthConfig.model_validate(written.get("growth"))
-        again = build_plan(growth, source.architecture, masters=source.masters, target_form=plan.target.key_form)
+        again = build_plan(
+            growth, source.architecture, masters=source.masters, target_form=plan.target.key_form
+        )
     except (ValidationError, PlanError) as error:
         line = " ".join(str(error).split())
         yield Problem(manifest.MANIFEST, f"has a growth that cannot be planned for this base: {line}")
@@ -65,10 +68,8 @@ def _check_growth(written: dict[str, Any], plan: GrowthPlan, source: SourceCheck
     before, after = json.loads(plan.to_json()), json.loads(again.to_json())
     for field in before:
         if before[field] != after[field]:
-            yield Problem(
-                manifest.MANIFEST,
-                f"has a plan with {field} {before[field]!r}, but its growth of this base gives {after[field]!r}",
-            )
+            said = f"has a plan with {field} {before[field]!r}"
+            yield Problem(manifest.MANIFEST, f"{said}, but its growth of this base gives {after[field]!r}")
 
 
 def _canonical(plan: dict[str, Any]) -> bytes:

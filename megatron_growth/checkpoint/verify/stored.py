@@ -1,7 +1,7 @@
 """A checkpoint's tensors and objects through a DCP reader, one part at a time.
 
-A part is read as the whole chunks that touch it, and the latest chunks are kept a while: a chunk that several parts
-share (a router's, of all experts) is read about once when parts are asked for in the order that chunks lie.
+A part is read as the whole chunks that touch it, and the latest chunks are kept a while: a chunk that several
+parts share (a router's, of all experts) is read about once when parts are asked for in the order they lie.
 """
 
 import io
@@ -41,7 +41,11 @@ class Stored:
     """
 
     def __init__(
-        self, name: str, reader: StorageReader, metadata: Metadata, is_wanted: Callable[[str], bool] = lambda key: True
+        self,
+        name: str,
+        reader: StorageReader,
+        metadata: Metadata,
+        is_wanted: Callable[[str], bool] = lambda key: True,
     ) -> None:
         entries = {key: entry for key, entry in metadata.state_dict_metadata.items() if is_wanted(key)}
         self.name = name
@@ -51,6 +55,7 @@ class Stored:
         self._storage = metadata.storage_data or {}
         self._by_place: dict[tuple[str, int], dict[Place, list[ChunkStorageMetadata]]] = {}
         self._kept: OrderedDict[Spot, torch.Tensor] = OrderedDict()
+        self._kept_bytes = 0
         reader.set_up_storage_reader(metadata, True)
 
     def dtype(self, key: str) -> torch.dtype:
@@ -94,7 +99,8 @@ class Stored:
         planner = _Receiver({})
         empty = torch.Size((0,))
         items = [
-            ReadItem(LoadItemType.BYTE_IO, index, empty, index, empty, empty) for index in map(MetadataIndex, keys)
+            ReadItem(LoadItemType.BYTE_IO, index, empty, index, empty, empty)
+            for index in map(MetadataIndex, keys)
         ]
         self._read(items, planner)
         return planner.objects
@@ -117,10 +123,12 @@ class Stored:
             planner = _Receiver({key: self.dtype(key)})
             self._read([_whole(key, chunk) for chunk in new], planner)
             self._kept.update(planner.chunks)
-        values = [self._kept[key, chunk.offsets] for chunk in chunks]
-        while len(self._kept) > _KEPT_CHUNKS and sum(t.nbytes for t in self._kept.values()) > _KEPT_BYTES:
-            self._kept.popitem(last=False)
-        return values
+            self._kept_bytes += sum(values.nbytes for values in planner.chunks.values())
+        found = [self._kept[key, chunk.offsets] for chunk in chunks]
+        while len(self._kept) > _KEPT_CHUNKS and self._kept_bytes > _KEPT_BYTES:
+            _, oldest = self._kept.popitem(last=False)
+            self._kept_bytes -= oldest.nbytes
+        return found
 
     def _read(self, items: list[ReadItem], planner: "_Receiver") -> None:
         try:
@@ -130,8 +138,8 @@ class Stored:
         except Exception as error:  # damaged bytes can raise anything when they are unpickled
             message = " ".join(str(error).split())
             raise CheckpointError(
-                f"{items[0].storage_index.fqn} in {self.name} cannot be read ({type(error).__name__}: {message}); "
-                "the checkpoint is damaged"
+                f"{items[0].storage_index.fqn} in {self.name} cannot be read "
+                f"({type(error).__name__}: {message}); the checkpoint is damaged"
             ) from None
 
 

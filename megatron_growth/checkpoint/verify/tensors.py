@@ -1,7 +1,8 @@
 """Every tensor of a grown checkpoint against the definition, bit for bit.
 
-The base is walked in the order that it lies on storage. While one of its parts is in memory, all that became of it is
-read and compared, and dropped: memory is a few times one (layer, expert) tensor or one chunk, whatever the model.
+The base is walked in the order that it lies on storage. While one of its parts is in memory, all that became
+of it is read, compared and dropped: memory is a few times one (layer, expert) tensor or one chunk, whatever
+the model.
 """
 
 import math
@@ -17,10 +18,10 @@ from megatron_growth.checkpoint.verify.definition import (
     Target,
     is_master,
     is_moment,
-    standard_deviation,
 )
 from megatron_growth.checkpoint.verify.problem import Problem
 from megatron_growth.checkpoint.verify.stored import Stored
+from megatron_growth.checkpoint.verify.values import standard_deviation
 from megatron_growth.errors import CheckpointError
 
 Progress = Callable[[int, int], None]  # bytes compared, bytes in all
@@ -92,7 +93,9 @@ class TensorCheck:
         for key in sorted(self._comparable):
             numel = math.prod(self._grown.shape(key))
             if self.elements[key] != numel:
-                self._report(Problem(key, f"has {numel} elements, of which the base explains {self.elements[key]}"))
+                self._report(
+                    Problem(key, f"has {numel} elements, of which the base explains {self.elements[key]}")
+                )
 
     # -- one part of the base, and all that became of it ---------------------------------------------------
 
@@ -100,7 +103,9 @@ class TensorCheck:
         states = [state for state in source.states if not is_moment(state)]
         exact = {state: self._base.read(source.part(state)) for state in states}
         master = next((state for state in states if is_master(state)), None)
-        self._check_cast(exact, master, str(source.tensor), Target(source.layer, source.expert), "in the base, ")
+        self._check_cast(
+            exact, master, str(source.tensor), Target(source.layer, source.expert), "in the base, "
+        )
         for target in self._definition.targets(source):
             grown = {state: self._check_weight(source, target, state, exact) for state in states}
             key = self._definition.part(source.tensor, target).key
@@ -168,7 +173,9 @@ class TensorCheck:
             try:
                 self._sigmas[part] = standard_deviation(self._base.read(part))
             except ValueError as error:
-                raise CheckpointError(f"{part.key} at {list(part.place)} in {self._base.name} {error}") from None
+                raise CheckpointError(
+                    f"{part.key} at {list(part.place)} in {self._base.name} {error}"
+                ) from None
         return self._sigmas[part]
 
     def _position(self, source: Source) -> tuple[str, int]:

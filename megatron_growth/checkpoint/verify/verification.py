@@ -1,7 +1,8 @@
 """Verification from end to end: open both, check the manifest, the tensors, the objects, the common state."""
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.common_state import grown_common_state
 from megatron_growth.checkpoint.reader import GrowthStorageReader
 from megatron_growth.checkpoint.source import COMMON_OBJECT, SourceCheckpoint, load_common_state
+from megatron_growth.checkpoint.verify.common_state import check_common_state
 from megatron_growth.checkpoint.verify.definition import Definition
-from megatron_growth.checkpoint.verify.objects import check_common_state, check_objects
+from megatron_growth.checkpoint.verify.objects import check_objects
 from megatron_growth.checkpoint.verify.problem import Problem
 from megatron_growth.checkpoint.verify.provenance import check_manifest, plan_of
 from megatron_growth.checkpoint.verify.stored import Stored
@@ -19,8 +21,11 @@ from megatron_growth.checkpoint.verify.tensors import Progress, TensorCheck
 from megatron_growth.config import GrowthConfig
 from megatron_growth.errors import CheckpointError, ConfigError
 from megatron_growth.planning.build import build_plan
-from megatron_growth.planning.keys import is_optimizer_key
+from megatron_growth.planning.keys import KeyForm, is_optimizer_key
 from megatron_growth.planning.plan import GrowthPlan
+
+# decoder.layers.3.mlp.router.weight
+_LAYER_IN_KEY = re.compile(r"decoder\.layers\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Grown:
-    """What is verified, from wherever it comes."""
+    """What is verified, from wherever it comes; the common state is read when it is asked for."""
 
     stored: Stored
-    common_state: Mapping[str, Any] | None
+    common_state: Callable[[], Mapping[str, Any] | None]
 
 
 def verify(
@@ -73,8 +78,8 @@ def verify(
 
     Args:
         base: the base's `iter_*` directory.
-        grown: that of a checkpoint with the grown weights, as they are before any training; None verifies what
-            `GrowthStorageReader` shows of the base.
+        grown: that of a checkpoint with the grown weights, as they are before any training; None verifies
+            what `GrowthStorageReader` shows of the base.
         growth: how it was grown; by default what the manifest beside `grown` says.
         on_progress: called with the bytes compared so far and in all.
 
@@ -100,7 +105,10 @@ def verify(
     tensors = TensorCheck(definition, held, target.stored, plan.masters, problems.append, on_progress)
     tensors.run()
     num_objects = check_objects(plan, held, target.stored, problems.append)
-    check_common_state(plan, source.common_state, target.common_state, problems.append)
+    try:
+        check_common_state(plan, source.common_state, target.common_state(), problems.append)
+    except CheckpointError as error:  # the grown one's: the base's has been read
+        problems.append(Problem(COMMON_OBJECT, str(error)))
     if not tensors.elements and not problems:
         problems.append(Problem("", "nothing was compared"))
     return Verification(
@@ -116,16 +124,21 @@ def verify(
     )
 
 
-def _stated(grown: Path | None, growth: GrowthConfig | None) -> tuple[dict[str, Any] | None, GrowthPlan | None]:
+def _stated(
+    grown: Path | None, growth: GrowthConfig | None
+) -> tuple[dict[str, Any] | None, GrowthPlan | None]:
     """The manifest, and the plan in it; neither where the configuration says how it grew."""
     if growth is not None:
         return None, None
     if grown is None:
-        raise ConfigError("nothing says what to verify; give a grown checkpoint, or a configuration for the view")
+        raise ConfigError(
+            "nothing says what to verify; give a grown checkpoint, or a configuration for the view"
+        )
     written = manifest.read(grown.parent) or manifest.read(grown)
     if written is None:
         raise CheckpointError(
-            f"there is no {manifest.MANIFEST} beside {str(grown)!r}, so how it was grown is not known; give --config"
+            f"there is no {manifest.MANIFEST} beside {str(grown)!r}, so how it was grown is not known; "
+            "give --config"
         )
     return written, plan_of(written, str(grown.parent / manifest.MANIFEST))
 
@@ -135,7 +148,8 @@ def _planned(growth: GrowthConfig, source: SourceCheckpoint, grown: Path | None)
     plan = build_plan(growth, source.architecture, masters=source.masters)
     if grown is None:
         return plan
-    form = SourceCheckpoint(grown, weights_only=True).architecture.key_form
+    keys = SourceCheckpoint(grown).metadata.state_dict_metadata
+    form: KeyForm = "per_layer" if any(map(_LAYER_IN_KEY.match, keys)) else "stacked"
     return build_plan(growth, source.architecture, masters=source.masters, target_form=form)
 
 
@@ -145,7 +159,8 @@ def _takes_part(key: str, plan: GrowthPlan) -> bool:
 
 def _checkpoint(directory: Path) -> _Grown:
     source = SourceCheckpoint(directory)
-    return _Grown(Stored(str(directory), source.reader, source.metadata), source.common_state)
+    stored = Stored(str(directory), source.reader, source.metadata)
+    return _Grown(stored, lambda: source.common_state)
 
 
 def _view(base: Path, plan: GrowthPlan) -> _Grown:
@@ -154,7 +169,7 @@ def _view(base: Path, plan: GrowthPlan) -> _Grown:
     metadata = reader.read_metadata()
     stored = Stored(f"the view of {base}", reader, metadata)
     if COMMON_OBJECT in stored.objects:
-        return _Grown(stored, load_common_state(base, metadata, reader))
-    # Checkpoints of megatron-core before 0.19 keep it beside the view, in common.pt: the load hook's part.
+        return _Grown(stored, lambda: load_common_state(base, metadata, reader))
+    # megatron-core before 0.19 keeps it in common.pt, beside what DCP reads; so the load hook grows it.
     state = reader.source.common_state
-    return _Grown(stored, None if state is None else grown_common_state(state, plan))
+    return _Grown(stored, lambda: None if state is None else grown_common_state(state, plan))
