@@ -20,11 +20,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.norms import LayerScale, scale_bytes, weight_scales
 from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import SourceCheckpoint, iteration_directory
 from megatron_growth.checkpoint.verify import Verification, verify
-from megatron_growth.config import BaseConfig, GrowthConfig, load_config
+from megatron_growth.config import BaseConfig, ExperimentConfig, GrowthConfig, load_config
 from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.planning.plan import GrowthPlan
 from megatron_growth.report.growth import growth_report
@@ -55,17 +56,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="Growth configuration, a YAML file.", show_default=False)],
+    config: Annotated[
+        Path | None, typer.Argument(help="Growth configuration, a YAML file.", show_default=False)
+    ] = None,
     load: Annotated[
         Path | None, typer.Option(help="Base checkpoint directory, instead of the file's.")
+    ] = None,
+    from_manifest: Annotated[
+        Path | None, typer.Option(help="A grown run's directory: make its plan again, and compare.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what growth would make of a base checkpoint; reads no weights and writes nothing."""
-    experiment = load_config(config)
+    experiment, expected = _experiment(config, from_manifest)
     with _quiet():
-        source = SourceCheckpoint(_base_directory(experiment.base, load, config))
+        weights_only = experiment.growth.optimizer == "reset"
+        directory = _base_directory(experiment.base, load, config or from_manifest)
+        source = SourceCheckpoint(directory, weights_only=weights_only)
         made = plan_for(source, experiment.growth)
+        _check_same(made, expected)
         arguments = _target_arguments(made, source.args)
         report = growth_report(source, experiment.growth, made, arguments)
     if as_json:
@@ -154,7 +163,29 @@ def _options(
 # -- what the commands share ---------------------------------------------------------------------------------
 
 
-def _base_directory(base: BaseConfig, load: Path | None, config: Path) -> Path:
+def _experiment(config: Path | None, from_manifest: Path | None) -> tuple[ExperimentConfig, str | None]:
+    """What is to be planned, and the fingerprint that the plan must have."""
+    if (config is None) == (from_manifest is None):
+        raise ConfigError("give a growth configuration or --from-manifest DIR, one of the two")
+    if config is not None:
+        return load_config(config), None
+    assert from_manifest is not None
+    recorded = manifest.read(from_manifest)
+    if recorded is None:
+        raise ConfigError(f"{str(from_manifest)!r} holds no {manifest.MANIFEST}; give the directory of a grown run")
+    base = {"load": recorded["base"], "iteration": recorded["iteration"]}
+    return ExperimentConfig.model_validate({"base": base, "growth": recorded["growth"]}), recorded["plan_fingerprint"]
+
+
+def _check_same(made: GrowthPlan, expected: str | None) -> None:
+    if expected is not None and made.fingerprint != expected:
+        raise ConfigError(
+            f"the plan made now has fingerprint {made.fingerprint[:16]}, the recorded one {expected[:16]}: the base "
+            "or megatron_growth has changed since; use the base and the versions that the manifest names"
+        )
+
+
+def _base_directory(base: BaseConfig, load: Path | None, config: Path | None) -> Path:
     directory = load or base.load
     if directory is None:
         raise ConfigError(f"{config} names no base checkpoint; set base.load in it or give --load")

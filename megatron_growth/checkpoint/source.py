@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import StorageReader
 
+from megatron_growth.checkpoint.collector import collector_off
 from megatron_growth.errors import CheckpointError
 from megatron_growth.planning.keys import Key, KeyForm, ObjectKey, is_optimizer_key, parse, parse_object
 from megatron_growth.planning.plan import MASTER_STATES, Architecture, Box, Shape
@@ -74,6 +75,7 @@ class SourceCheckpoint:
         _check_files(self.directory, self.metadata)
 
     @cached_property
+    @collector_off()
     def tensors(self) -> dict[str, SourceTensor]:
         """Every tensor by its checkpoint key, each known to the grammar and whole."""
         found = {}

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_growth.checkpoint.collector import collector_off
 from megatron_growth.checkpoint.source import SourceCheckpoint, SourceTensor
 from megatron_growth.errors import PlanError
 from megatron_growth.planning.keys import Key, parse
@@ -98,6 +99,7 @@ class GrownView:
         }
 
     @cached_property
+    @collector_off()
     def metadata(self) -> Metadata:
         """DCP metadata of the grown checkpoint. Where its bytes lie only the reader knows: `storage_data` is empty."""
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}

@@ -105,7 +105,7 @@ def _prepare(demo: Demo) -> data.Corpus:
 def _train_base(demo: Demo) -> Curves:
     words = settings.base_arguments(demo.settings, demo.out / "data", demo.out / "base")
     words = ["-m", "megatron_growth.demo.train", *words]
-    title = f"trained at {_layout(settings.BASE_LAYOUT)}"
+    title = f"trained on {settings.BASE_RANKS} ranks ({_layout(settings.BASE_LAYOUT)})"
     return _train(demo, "base", title, settings.BASE_RANKS, words, (0, demo.settings.base_steps))
 
 
@@ -114,7 +114,8 @@ def _grow_and_train(demo: Demo) -> Curves:
     words = settings.grown_arguments(demo.settings, out / "data", out / "base", out / "grown")
     growth = ["--growth-config", str(out / "growth.yaml")]
     words = ["-m", "megatron_growth.run", str(SCRIPT), *growth, *words]
-    title = f"grown at load and trained on at {_layout(settings.LARGE_LAYOUT)}"
+    ranks = f"{settings.LARGE_RANKS} ranks ({_layout(settings.LARGE_LAYOUT)})"
+    title = f"grown while {ranks} load it, and trained on"
     steps = first, first + demo.settings.extra_steps
     return _train(demo, "grown", title, settings.LARGE_RANKS, words, steps)
 
@@ -193,6 +194,6 @@ def _size(model: dict[str, Any]) -> Size:
 
 
 def _layout(words: list[str]) -> str:
-    """`pipeline 2, expert 2`, of Megatron's options."""
+    """`pipeline 2 x expert 2`, of Megatron's options."""
     options = (word.removeprefix("--").split("-")[0] for word in words[::2])
-    return ", ".join(f"{option} {size}" for option, size in zip(options, words[1::2], strict=True))
+    return " x ".join(f"{option} {size}" for option, size in zip(options, words[1::2], strict=True))

@@ -37,22 +37,12 @@ def plot_curves(base: Curves, grown: Curves, scratch: Curves, path: Path, title:
         for name, curves in (("base", base), ("from scratch", scratch), ("grown", grown)):
             _draw(whole, name, curves)
         whole.axvline(_millions(start), color="black", linewidth=0.8, linestyle=":", label="growth")
-        _finish(
-            whole,
-            "All training tokens",
-            "training tokens, those of the base included",
-            "upper center",
-        )
+        _finish(whole, "All tokens", "training tokens, base included", "upper center")
         whole.set_ylabel("loss (nats per byte)")
         _draw(large, "from scratch", scratch)
         _draw(large, "grown", grown, start)
         large.axhline(base_loss, color=_COLOURS["base"], linestyle="--", label="base when grown")
-        _finish(
-            large,
-            "The large model: same steps, same samples",
-            "training tokens at this size",
-            "upper right",
-        )
+        _finish(large, "Same steps, same samples", "training tokens at this size", "upper right")
         large.set_ylim(top=max(base.heldout[0][1], scratch.heldout[0][1]) + 0.5)
         figure.savefig(path, dpi=160)
 

@@ -51,8 +51,9 @@ def launch(run: Run, watch: Callable[[], None]) -> None:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(run.ranks), *run.words]
-    # A rank is one thread: there are as many ranks as cores, or more.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A rank is one thread: there are as many ranks as cores, or more. It sees no GPU: a machine
+    # with one would have to have four.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(

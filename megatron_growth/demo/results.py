@@ -122,8 +122,8 @@ def verdict(models: Sequence[Model]) -> str:
     loss = {model.key: model.heldout_loss for model in models}
     lead = loss["scratch"] - loss["grown"]
     return (
-        f"Growth itself moved the held-out loss by {loss['grown_step0'] - loss['base']:+.4f}: "
-        "copied layers change the function, cloned experts hardly. "
+        f"Growth itself moved the held-out loss by {loss['grown_step0'] - loss['base']:+.4f}; a jump "
+        "is expected, for copied layers change the function. "
         f"After training, the grown model is {abs(lead):.4f} {'below' if lead > 0 else 'ABOVE'} "
         "scratch, which took as many steps on the same samples, and "
         f"{loss['grown'] - loss['base']:+.4f} from its base."

@@ -271,8 +271,8 @@ WARNINGS = (
          lambda c: bool(c.router.z_loss_coeff),
          lambda c: f"moe_z_loss_coeff: the z-loss goes from L^2 to (L + ln {c.m})^2, though the output "
                    "stays; its pull on the router nearly stays with --moe-z-loss-coeff "
-                   f"{c.router.z_loss_coeff:g} * L / (L + {math.log(c.m):.3f}), L the root of the z_loss that "
-                   f"the base logged ({_even_z_loss(c):.3g} were all logits 0)"),
+                   f"{c.router.z_loss_coeff:g} * L / (L + {math.log(c.m):.3f}), L the root of the z_loss "
+                   f"that the base logged ({_even_z_loss(c):.3g} were all logits 0)"),
     Rule("moe_router_dtype",
          lambda c: c.router.half_precision and c.k < c.router.num_experts,
          lambda c: "the router computes in 16 bits, where many logits tie: a token whose last two candidates "

@@ -4,7 +4,6 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -29,16 +28,18 @@ def print_verification(console: Console, result: Verification) -> None:
     """What was compared, and what is wrong."""
     console.print(_counts(result))
     console.print()
-    if result.problems:
-        console.print(_problems(result.problems[:SHOWN]))
-        if (more := len(result.problems) - SHOWN) > 0:
-            console.print(f"and {more} more; --json lists all")
-        console.print()
+    for problem in result.problems[:SHOWN]:
+        console.print(_where(problem), soft_wrap=True)
+        console.print(_what(problem), soft_wrap=True)
+    if (more := len(result.problems) - SHOWN) > 0:
+        console.print(f"and {more} more; --json lists all")
     console.print(_verdict(result))
 
 
 def _counts(result: Verification) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in (
         ("base", result.base),
         ("grown", result.grown),
@@ -52,28 +53,19 @@ def _counts(result: Verification) -> Table:
     return table
 
 
-def _problems(problems: tuple[Problem, ...]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Problems", title_justify="left")
-    table.add_column("key", overflow="fold")
-    table.add_column("layer", justify="right")
-    table.add_column("expert", justify="right")
-    table.add_column("what", overflow="fold")
-    table.add_column("elements", justify="right")
-    table.add_column("max difference", justify="right")
-    for problem in problems:
-        table.add_row(
-            Text(problem.key),
-            _number(problem.layer),
-            _number(problem.expert),
-            Text(problem.what),
-            f"{problem.elements:,}" if problem.elements else "",
-            "" if problem.difference is None else f"{problem.difference:.3g}",
+def _where(problem: Problem) -> Text:
+    places = (("layer", problem.layer), ("expert", problem.expert))
+    numbered = [f"{name} {number}" for name, number in places if number is not None]
+    return Text(", ".join([problem.key or "the checkpoint", *numbered]), style="bold")
+
+
+def _what(problem: Problem) -> Text:
+    text = Text(f"    {problem.what}")
+    if problem.elements:
+        text.append(
+            f": {problem.elements:,} elements differ, by {problem.difference:.3g} at most", style="red"
         )
-    return table
-
-
-def _number(value: int | None) -> str:
-    return "" if value is None else str(value)
+    return text
 
 
 def _verdict(result: Verification) -> Text:

@@ -8,7 +8,7 @@ import json
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from megatron_growth.checkpoint import fanout, manifest
 from megatron_growth.checkpoint.source import TRACKER
 from megatron_growth.checkpoint.verify import Problem, Verification, values, verify
 from megatron_growth.errors import CheckpointError, ConfigError
+from megatron_growth.planning import keys, plan
 from megatron_growth.planning.build import build_plan
+from megatron_growth.planning.plan import Noise
 from tests.checkpoint import bases, definition
 from tests.checkpoint.bases import COMMON_STATE, FC1, FC2, ROUTER, Model
 from tests.checkpoint.loading import RecordingReader, load_all
@@ -51,14 +53,14 @@ class Grown:
         return verify(self.base, self.write(directory))
 
 
-def grown(directory: Path, model: Model, growth: dict[str, Any], **plan: Any) -> Grown:
+def grown(directory: Path, model: Model, growth: dict[str, Any], **more: Any) -> Grown:
     state = {**bases.tensors(model), **bases.objects(model)}
     base = bases.save(directory / "base" / "iter_0000007", state, bases.megatron())
     (directory / "base" / TRACKER).write_text("7")
     config = GrowthConfig.model_validate(growth)
     reader = GrowthStorageReader(base, config)
-    if plan:
-        made = build_plan(config, reader.source.architecture, masters=reader.source.masters, **plan)
+    if more:
+        made = build_plan(config, reader.source.architecture, masters=reader.source.masters, **more)
         reader = GrowthStorageReader(base, made)
     tensors, objects = load_all(reader)
     written = manifest.describe(reader.source, directory / "base", config, reader.plan)
@@ -334,9 +336,15 @@ def test_a_value_that_is_no_number_is_found(mutable, tmp_path):
 
 @pytest.mark.parametrize("how", ["one bit", "all bytes"])
 @pytest.mark.parametrize(
-    "key", [f"decoder.layers.{FC1}", "output_layer._extra_state/shard_0_1", COMMON_STATE]
+    ("key", "landmark"),
+    [
+        (f"decoder.layers.{FC1}", b"archive/data/0"),
+        ("output_layer._extra_state/shard_0_1", b"head"),
+        (COMMON_STATE, b"num_layers"),
+    ],
 )
-def test_damage_on_disk_is_found(key, how, small, tmp_path):
+def test_damage_on_disk_is_found(key, landmark, how, small, tmp_path):
+    """torch does not look at the checksums of its archives: one bit flips in silence."""
     directory = small.write(tmp_path, bases.megatron())
     stored = FileSystemReader(directory).read_metadata().storage_data
     info = next(info for index, info in stored.items() if index.fqn == key)
@@ -344,8 +352,9 @@ def test_damage_on_disk_is_found(key, how, small, tmp_path):
     if how == "all bytes":
         content[info.offset : info.offset + info.length] = b"\0" * info.length
     else:
-        # The last of a tensor's data, or of a pickle's text: in the middle of torch's archive.
-        at = content.index(b"PK\x07\x08", info.offset) - 2
+        at = content.index(landmark, info.offset)
+        if landmark.startswith(b"archive"):
+            at = content.index(b"PK\x07\x08", at) - 1  # its last byte: a descriptor follows the data
         content[at] ^= 1
     (directory / info.relative_path).write_bytes(content)
     result = verify(small.base, directory)
@@ -441,6 +450,47 @@ def test_the_verifier_takes_another_route_than_growth(monkeypatch, small, tmp_pa
     banned = {f"megatron_growth.checkpoint.{module}" for module in ("view", "fanout", "sigma")}
     assert imported
     assert not imported & banned
+
+
+def _sigma_off_by_a_millionth(monkeypatch):
+    right = fanout.standard_deviation
+    monkeypatch.setattr(fanout, "standard_deviation", lambda chunks: right(chunks) * (1 + 1e-6))
+
+
+def _noise_by_source_layer(monkeypatch):
+    right = GrowthPlan._transform
+
+    def wrong(plan: GrowthPlan, key: Any, layer: Any, *more: Any) -> Any:
+        made = right(plan, key, layer, *more)
+        if not isinstance(made, Noise):
+            return made
+        return replace(made, stream=replace(made.stream, layer=plan.layers.sources[layer]))
+
+    monkeypatch.setattr(GrowthPlan, "_transform", wrong)
+
+
+def _noise_on_expert_bias(monkeypatch):
+    rules = [replace(r, noise="router") if "expert_bias" in r.example else r for r in keys.LAYER_RULES]
+    monkeypatch.setattr(keys, "LAYER_RULES", tuple(rules))
+
+
+def _second_moments_divided_by_m(monkeypatch):
+    monkeypatch.setitem(plan.MOMENT_POWER, "exp_avg_sq", 1)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "shows_in"),
+    [
+        (_sigma_off_by_a_millionth, FC1),
+        (_noise_by_source_layer, ROUTER),
+        (_noise_on_expert_bias, "mlp.router.expert_bias"),
+        (_second_moments_divided_by_m, f"optimizer.state.exp_avg_sq.decoder.layers.{FC2}"),
+    ],
+)
+def test_a_mistake_in_growth_itself_shows_in_its_view(mistake, shows_in, monkeypatch, small):
+    mistake(monkeypatch)
+    problems = verify(small.base, growth=GrowthConfig.model_validate(BOTH)).problems
+    assert any(problem.key.endswith(shows_in) and problem.elements for problem in problems)
 
 
 def test_sigma_is_the_definitions_to_the_bit():

@@ -474,7 +474,6 @@ def test_a_master_that_does_not_round_to_its_weight_is_refused_and_reset_does_wi
     _assert_equal(got, definition.grown_tensors(tensors, growth))
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="the view looks for a master of every noisy weight")
 def test_a_weight_without_a_master_beside_weights_that_have_one_grows_from_itself(tmp_path: Path) -> None:
     """A frozen router, or one kept in fp32 under the plain bf16 optimizer."""
     model, key = Model(layers=2, experts=2, mtp=False, states=MIXED), f"decoder.layers.{bases.ROUTER}"

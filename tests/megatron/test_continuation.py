@@ -18,10 +18,10 @@ from tests.megatron.test_growth import DEPTH, EXACT_WIDTH, WIDTH, config_file, o
 
 STEPS = 50
 BASE_STEPS = 10
-SAMPLES_A_STEP = 8
+SAMPLES_A_STEP = int(MODEL[MODEL.index("--global-batch-size") + 1])
 
 
-def _with(arguments: list[str], **values: str | None) -> list[str]:
+def changed(arguments: list[str], **values: str | None) -> list[str]:
     """Arguments with some set anew (a value), or left out (None)."""
     words = list(arguments)
     for name, value in values.items():
@@ -35,20 +35,20 @@ def _with(arguments: list[str], **values: str | None) -> list[str]:
 
 # A constant rate, no clipping, and an epsilon that vanishes beside any gradient: what is compared is Adam's arithmetic
 # alone. At the usual 1e-8 a clone with gradient g / m feels epsilon m times as strongly, and the paths part by 4e-4.
-RUN = _with([*MODEL, *NO_DROPOUT], lr_decay_style="constant", lr_warmup_iters=None, lr_decay_iters=None,
+RUN = changed([*MODEL, *NO_DROPOUT], lr_decay_style="constant", lr_warmup_iters=None, lr_decay_iters=None,
             min_lr=None, clip_grad="0", adam_eps="1e-15", train_iters=str(BASE_STEPS), save_interval="1000")  # fmt: skip
-PLAIN = _with(RUN, use_distributed_optimizer=None, dist_ckpt_optim_fully_reshardable=None)
+PLAIN = changed(RUN, use_distributed_optimizer=None, dist_ckpt_optim_fully_reshardable=None)
 
 # name -> optimizer arguments and layout of the base, layout of the grown run.
 FORMATS = {
     "distributed fp32": (RUN, EP2, f"{PP2} {EP2}"),
-    "distributed bf16": (_with(RUN, bf16=""), EP2, f"{PP2} {EP2}"),
-    "distributed bf16, EP1 to EP2": (_with(RUN, bf16=""), "", EP2),
+    "distributed bf16": (changed(RUN, bf16=""), EP2, f"{PP2} {EP2}"),
+    "distributed bf16, EP1 to EP2": (changed(RUN, bf16=""), "", EP2),
     "distributed fp32, EP2 to EP1": (RUN, EP2, PP2),
     "plain fp32, EP1 to EP2": (PLAIN, "", EP2),
     "plain fp32, EP2 to EP1": (PLAIN, EP2, PP2),
-    "plain bf16": (_with(PLAIN, bf16=""), EP2, f"{PP2} {EP2}"),
-    "plain bf16, EP1 to EP2": (_with(PLAIN, bf16=""), "", EP2),
+    "plain bf16": (changed(PLAIN, bf16=""), EP2, f"{PP2} {EP2}"),
+    "plain bf16, EP1 to EP2": (changed(PLAIN, bf16=""), "", EP2),
 }
 NEW_RATE: dict[str, Any] = {"learning_rate": {"peak": 2e-3, "warmup_iters": 4}}
 # name -> `continue:` of the configuration, and arguments of the run.
@@ -62,7 +62,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-def _run(more: int, layout: str, arguments: list[str] = RUN) -> list[str]:
+def continuing(more: int, layout: str, arguments: list[str] = RUN) -> list[str]:
     """The arguments of a run that loads: only what the base does not know."""
     kept = "--micro-batch-size --global-batch-size --num-workers --eval-iters --eval-interval --log-interval".split()
     words = [word for name in kept for word in (name, arguments[arguments.index(name) + 1])]
@@ -86,14 +86,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path) -> dict[str, Result]:
     base = folder / "base"
     jobs = [_base("base", RUN, EP2, base)]
-    plain = [*_with(RUN, train_iters=str(BASE_STEPS + STEPS)), *EP2.split(), "--load", str(base)]
+    plain = [*changed(RUN, train_iters=str(BASE_STEPS + STEPS)), *EP2.split(), "--load", str(base)]
     jobs.append(Job("not grown", [*plain, "--override-opt-param-scheduler"]))
     for rule in ("rescale", "copy", "reset"):
         file = config_file(folder / f"{rule}.yaml", base, {"width": EXACT_WIDTH, "optimizer": rule})
-        jobs.append(Job(rule, ["--growth-config", file, *_run(STEPS, f"{PP2} {EP2}")]))
+        jobs.append(Job(rule, ["--growth-config", file, *continuing(STEPS, f"{PP2} {EP2}")]))
     jobs += _format_jobs(folder)
     jobs += _settings_jobs(folder, base)
-    default = _with(RUN, dist_ckpt_optim_fully_reshardable=None)
+    default = changed(RUN, dist_ckpt_optim_fully_reshardable=None)
     jobs.append(_base("default format", default, EP2, folder / "default format"))
     return run_jobs(4, jobs, timeout=1200, directory=folder / "driver")
 
@@ -105,7 +105,7 @@ def _format_jobs(folder: Path) -> list[Job]:
         save = folder / f"base of {name}"
         file = config_file(folder / f"{name}.yaml", save, growth)
         jobs.append(_base(f"base of {name}", arguments, layout, save))
-        jobs.append(Job(name, ["--growth-config", file, *_run(2, new_layout, arguments)],
+        jobs.append(Job(name, ["--growth-config", file, *continuing(2, new_layout, arguments)],
                         after_setup="tests.megatron.probes:optimizer_steps",
                         options=options(save, growth, stacked=True)))  # fmt: skip
     return jobs
@@ -115,9 +115,9 @@ def _settings_jobs(folder: Path, base: Path) -> list[Job]:
     jobs = []
     for name, (settings, arguments) in SETTINGS.items():
         file = config_file(folder / f"{name}.yaml", base, {"width": EXACT_WIDTH, "optimizer": "rescale"}, settings)
-        argv = ["--growth-config", file, *_run(5, EP2), *arguments]
+        argv = ["--growth-config", file, *continuing(5, EP2), *arguments]
         if settings.get("iteration") == "reset":
-            argv = _with(argv, train_iters="5")
+            argv = changed(argv, train_iters="5")
         jobs.append(Job(name, argv, contexts=("tests.megatron.probes:samples",),
                         options={"samples": str(folder / f"{name}.samples")}))  # fmt: skip
     return jobs
@@ -184,7 +184,7 @@ def test_the_default_format_is_refused_resharded_and_then_grown(runs: dict[str, 
     base, new = folder / "default format", folder / "resharded"
     assert runs["default format"].iterations
     file = config_file(folder / "default.yaml", base, {"width": WIDTH, "optimizer": "rescale"})
-    argv = ["--growth-config", file, *_run(2, EP2)]
+    argv = ["--growth-config", file, *continuing(2, EP2)]
     refused = _torchrun(1, "megatron_growth.pretrain", argv)
     assert refused.returncode != 0
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("megatron_growth: error")]

@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from tests.megatron.driver import Job, JobFailed, Result, run_jobs
+from megatron_growth import cli
+from tests.megatron.driver import Job, Result, run_jobs
 from tests.megatron.test_cpu_backend import EP2, EP4, ETP1, ETP2, MODEL, NO_DROPOUT, PP2, TP2
 
 VPP2 = "--num-layers-per-virtual-pipeline-stage 2"
@@ -24,7 +25,7 @@ EXACT_WIDTH: dict[str, Any] = {**WIDTH, "noise": {"experts": 0, "router": 0}}
 
 # What a run that loads must give itself: layout, batch and data; the rest is the base's.
 RUN = """
-    --micro-batch-size 1 --global-batch-size 8 --mock-data --num-workers 0 --eval-iters 0 --eval-interval 1000
+    --micro-batch-size 1 --global-batch-size 4 --mock-data --num-workers 0 --eval-iters 0 --eval-interval 1000
     --train-iters 9 --log-interval 1 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
     --check-weight-hash-across-dp-replicas-interval 1 --lr 1e-3 --lr-decay-style constant --vocab-size 127
     --tokenizer-type NullTokenizer
@@ -116,9 +117,13 @@ def _started_twice(folder: Path, base: Path) -> list[Job]:
     file = config_file(folder / "twice.yaml", base, {"depth": DEPTH, "width": WIDTH})
     argv = ["--growth-config", file, *RUN, *EP2.split(), "--train-iters", "12",
             "--save", str(folder / "twice"), "--save-interval", "100"]  # fmt: skip
+    again = config_file(folder / "again.yaml", folder / "twice", {"depth": {"target_layers": 10}})
+    chained = ["--growth-config", again, *RUN, *EP2.split(), "--train-iters", "14", "--save", str(folder / "chained"),
+               "--save-interval", "100"]  # fmt: skip
     return [
         Job("first start", [*argv, "--exit-interval", "8"]),
         Job("second start", argv, after_setup="tests.megatron.probes:iteration"),
+        Job("chained", chained, after_setup="tests.megatron.probes:iteration"),
     ]
 
 
@@ -177,6 +182,28 @@ def test_a_second_start_resumes_and_does_not_grow_again(runs: dict[str, Result],
     assert (written["iteration"], written["plan"]["target"]["num_layers"]) == (6, 8)
     log = (folder / "driver" / "log.txt").read_text()
     assert "holds iter_0000008: resuming it as it is, nothing is grown" in log
+
+
+@pytest.mark.slow
+def test_a_grown_run_grows_again_and_remembers_both(runs: dict[str, Result], folder: Path) -> None:
+    assert runs["chained"].iterations == [13, 14]
+    assert runs["chained"].after_setup[0]["num_layers"] == 10
+    written = json.loads((folder / "chained" / "growth_manifest.json").read_text())
+    assert (written["base"], written["iteration"]) == (str(folder / "twice"), 12)
+    ancestor = written["ancestor"]
+    assert (ancestor["base"], ancestor["iteration"]) == (str(folder / "stacked"), 6)
+
+
+@pytest.mark.slow
+def test_a_manifest_gives_its_plan_again(
+    runs: dict[str, Result], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runs["first start"].iterations
+    with pytest.raises(SystemExit) as done:
+        cli.main(["plan", "--from-manifest", str(folder / "twice"), "--json"])
+    written = json.loads((folder / "twice" / "growth_manifest.json").read_text())
+    assert done.value.code in (0, None)
+    assert written["plan_fingerprint"] in capsys.readouterr().out
 
 
 @pytest.mark.slow

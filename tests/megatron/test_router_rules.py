@@ -87,7 +87,7 @@ KEPT: dict[str, tuple[int, dict[str, Any]]] = {
     "quantile balancing, sigmoid": (3, {**SIGMOID, **QUANTILE}),
     "quantile balancing, top-1": (1, {**PRE_SOFTMAX, **QUANTILE}),
     "sinkhorn, top-2": (2, SINKHORN),
-    "sinkhorn, top-3, and a score function that it ignores": (3, {**SIGMOID, **SINKHORN}),
+    "sinkhorn, which ignores scores and groups": (3, {**SIGMOID, **SINKHORN, **_groups(4, 2)}),
 }  # fmt: skip
 
 # Interleaved clones do not keep these, so `auto` must append.

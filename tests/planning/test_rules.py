@@ -111,8 +111,8 @@ def test_what_is_said(router: Router, how: dict, said: list[tuple[str, str]]) ->
         (
             replace(SIGMOID, top_k=1),
             {},
-            "moe_router_score_function 'sigmoid' weighs one expert by its score, but divides those of several "
-            "by their sum, so top-1 cannot become top-2 and keep the function; use `top_k: keep`",
+            "moe_router_score_function 'sigmoid' weighs one expert by its score, but divides those of "
+            "several by their sum, so top-1 cannot become top-2 and keep the function; use `top_k: keep`",
         ),
         (
             replace(SOFTMAX, top_k=1, balancing=("sinkhorn",)),

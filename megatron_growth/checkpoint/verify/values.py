@@ -1,7 +1,7 @@
 """sigma and noise, the plain way: whole tensors, a block at a time.
 
-sigma is the sample standard deviation of values on a grid of 2^-16 of the power of two above the largest. z is
-the documented stream of checkpoint/noise.py, from its first element on.
+sigma is the sample standard deviation of values on a grid of 2^-16 of the power of two above the largest. z
+is the documented stream of checkpoint/noise.py, from its first element on.
 """
 
 import math
