@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,6 +14,7 @@ from megatron_growth.demo.settings import TOKENS_PER_STEP
 
 # Colours of Okabe and Ito, told apart by everyone.
 _COLOURS = {"base": "#0072B2", "grown": "#D55E00", "from scratch": "#555555"}
+_Corner = Literal["upper center", "upper right"]
 _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -61,7 +62,7 @@ def _millions(steps: int) -> float:
     return steps * TOKENS_PER_STEP / 1e6
 
 
-def _finish(axes: Axes, title: str, label: str, legend: str) -> None:
+def _finish(axes: Axes, title: str, label: str, legend: _Corner) -> None:
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(f"{label} (millions)")
     axes.set_xlim(left=0)

@@ -2,11 +2,13 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +57,7 @@ def launch(run: Run, watch: Callable[[], None]) -> None:
     # with one would have to have four.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    with run.log.open("w", encoding="utf-8") as log:
+    with run.log.open("w", encoding="utf-8") as log, _termination_as_exit():
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
         )
@@ -70,6 +72,19 @@ def launch(run: Run, watch: Callable[[], None]) -> None:
             f"the run {run.name!r} failed with exit code {process.returncode}: {_cause(run.log)}; "
             f"see its log, {str(run.log)!r}"
         )
+
+
+@contextmanager
+def _termination_as_exit() -> Iterator[None]:
+    """SIGTERM ends Python on the spot; as an exit it gives us the time to end the ranks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    original = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, original)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -120,10 +120,10 @@ def table(models: Sequence[Model]) -> Table:
 def verdict(models: Sequence[Model]) -> str:
     """What the numbers say, whichever way they fell."""
     loss = {model.key: model.heldout_loss for model in models}
-    lead = loss["scratch"] - loss["grown"]
+    jump, lead = loss["grown_step0"] - loss["base"], loss["scratch"] - loss["grown"]
     return (
-        f"Growth itself moved the held-out loss by {loss['grown_step0'] - loss['base']:+.4f}; a jump "
-        "is expected, for copied layers change the function. "
+        f"Growth itself moved the held-out loss by {jump:+.4f}; a jump is expected, for copied "
+        "layers change the function. "
         f"After training, the grown model is {abs(lead):.4f} {'below' if lead > 0 else 'ABOVE'} "
         "scratch, which took as many steps on the same samples, and "
         f"{loss['grown'] - loss['base']:+.4f} from its base."

@@ -5,7 +5,6 @@ Each grown checkpoint here is the view, loaded through DCP and saved again; each
 
 import ast
 import json
-import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -381,9 +380,8 @@ def test_a_manifest_whose_plan_is_not_its_growths_is_found(mutable, tmp_path):
 
 
 def test_a_base_that_was_saved_again_is_found(small, tmp_path):
-    base = tmp_path / "base" / "iter_0000007"
-    shutil.copytree(small.base, base)
-    bases.save(base, {**bases.tensors(SMALL, seed=1), **bases.objects(SMALL)}, bases.every([2, 2, 5, 3]))
+    state = {**bases.tensors(SMALL, seed=1), **bases.objects(SMALL)}
+    base = bases.save(tmp_path / "base" / "iter_0000007", state, bases.every([2, 2, 5, 3]))
     result = verify(base, small.write(tmp_path / "grown"))
     assert "base_fingerprint" in result.problems[0].what
     assert any(problem.elements for problem in result.problems)
