@@ -1,4 +1,5 @@
-"""Packaging of megatron_growth. `pip install .` gives the library and the `megatron-growth` command."""
+"""Packaging of megatron_growth. `pip install .` gives the library and the `megatron-growth`
+command."""
 
 from pathlib import Path
 
@@ -15,7 +16,8 @@ setup(
     packages=find_packages(include=["megatron_growth", "megatron_growth.*"]),
     package_data={"megatron_growth": ["py.typed"]},
     install_requires=[
-        # Its loader's seam and its checkpoint keys are what this package stands on; see docs/upstream.md.
+        # Its loader's seam and its checkpoint keys are what this package stands on; see
+        # docs/upstream.md.
         "megatron-core[training]>=0.19,<0.20",
         "torch>=2.6",
         "numpy",

@@ -1,10 +1,12 @@
-"""How far a width-grown run strays from the run that was not grown, by what becomes of Adam's moments.
+"""How far a width-grown run strays from the run that was not grown, by what becomes of Adam's
+moments.
 
     python -m benchmarks.optimizer_rules [--out benchmarks/results]
 
-Width at alpha = 0 keeps the function, so on the same data the two runs should take the same steps. Megatron trains a
-small base, then fifty steps more: not grown, and grown with `rescale`, `copy` and `reset` at another layout (PP2 x EP2).
-The table and the figure show |loss difference| step by step; docs/optimizer.md explains them.
+Width at alpha = 0 keeps the function, so on the same data the two runs should take the same steps.
+Megatron trains a small base, then fifty steps more: not grown, and grown with `rescale`, `copy` and
+`reset` at another layout (PP2 x EP2). The table and the figure show |loss difference| step by step;
+docs/optimizer.md explains them.
 """
 
 import argparse
@@ -37,7 +39,9 @@ def measure() -> dict[str, list[float]]:
     for epsilon in EPSILONS:
         reference = runs[f"not grown {epsilon}"]
         for rule in RULES if epsilon == EPSILONS[0] else RULES[:1]:
-            distances[f"{rule}, epsilon {epsilon}"] = _distance(runs[f"{rule} {epsilon}"], reference)
+            distances[f"{rule}, epsilon {epsilon}"] = _distance(
+                runs[f"{rule} {epsilon}"], reference
+            )
     return distances
 
 
@@ -52,7 +56,9 @@ def _jobs(folder: Path, epsilon: str) -> list[Job]:
     ]  # fmt: skip
     for rule in RULES:
         file = config_file(folder / f"{rule}.yaml", base, {"width": EXACT_WIDTH, "optimizer": rule})
-        jobs.append(Job(f"{rule} {epsilon}", ["--growth-config", file, *continuing(STEPS, f"{PP2} {EP2}")]))
+        jobs.append(
+            Job(f"{rule} {epsilon}", ["--growth-config", file, *continuing(STEPS, f"{PP2} {EP2}")])
+        )
     return jobs
 
 
@@ -83,10 +89,16 @@ def main() -> None:
     distances = measure()
     table = Table("moments", "step 1", "step 10", "step 50", "largest", title="|loss difference|")
     for name, values in distances.items():
-        table.add_row(name, *(f"{value:.1e}" for value in (values[0], values[9], values[-1], max(values))))
+        table.add_row(
+            name, *(f"{value:.1e}" for value in (values[0], values[9], values[-1], max(values)))
+        )
     Console().print(table)
     out.mkdir(parents=True, exist_ok=True)
-    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "device": "CPU, fp32", "distances": distances}
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": "CPU, fp32",
+        "distances": distances,
+    }
     (out / "optimizer_rules.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(distances, out / "optimizer_rules.png")
 

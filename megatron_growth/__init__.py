@@ -1,8 +1,8 @@
 """Grow a Mixture-of-Experts checkpoint while Megatron loads it, and train on.
 
-    GrowthConfig          what to grow
-    GrowthPlan            which source box and transform make each target box
-    GrowthStorageReader   the grown checkpoint, to any torch DCP loader
+GrowthConfig          what to grow
+GrowthPlan            which source box and transform make each target box
+GrowthStorageReader   the grown checkpoint, to any torch DCP loader
 """
 
 from megatron_growth.checkpoint.reader import GrowthStorageReader

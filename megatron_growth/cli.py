@@ -1,8 +1,8 @@
 """The `megatron-growth` command: `plan` growth, `inspect` and `verify` checkpoints, run the `demo`.
 
-A skin over the library: each command is a few lines. `plan`, `inspect` and `verify` only read; growing
-happens in `python -m megatron_growth.pretrain`, while Megatron loads. Exit codes: 0 done, 1 not verified, 2
-for the user to put right.
+A skin over the library: each command is a few lines. `plan`, `inspect` and `verify` only read;
+growing happens in `python -m megatron_growth.pretrain`, while Megatron loads. Exit codes: 0 done, 1
+not verified, 2 for the user to put right.
 """
 
 import json
@@ -29,7 +29,11 @@ from megatron_growth.config import BaseConfig, ExperimentConfig, GrowthConfig, l
 from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.planning.plan import GrowthPlan
 from megatron_growth.report.growth import growth_report
-from megatron_growth.report.inspection import checkpoint_directory, inspect_checkpoint, known_tensors
+from megatron_growth.report.inspection import (
+    checkpoint_directory,
+    inspect_checkpoint,
+    known_tensors,
+)
 from megatron_growth.report.plot import check_path, plot_scales
 from megatron_growth.report.tables import print_growth, print_inspection
 from megatron_growth.report.verification import print_verification, verification_document
@@ -86,9 +90,14 @@ def plan(
 @app.command("inspect")
 def inspect_command(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Megatron checkpoint directory, or one iter_* in it.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Megatron checkpoint directory, or one iter_* in it.", show_default=False
+        ),
     ],
-    plot: Annotated[Path | None, typer.Option(help="Write the weight scale by layer as a figure.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the weight scale by layer as a figure.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint holds, whether it can be grown, and the weight scale of its layers."""
@@ -99,7 +108,9 @@ def inspect_command(
         inspection = inspect_checkpoint(source, _measured(source))
     if plot:
         plot_scales(
-            inspection.scales, plot, f"Weight scale by layer, {'/'.join(source.directory.parts[-2:])}"
+            inspection.scales,
+            plot,
+            f"Weight scale by layer, {'/'.join(source.directory.parts[-2:])}",
         )
     if as_json:
         _print_json(inspection.document())
@@ -110,21 +121,27 @@ def inspect_command(
 @app.command("verify")
 def verify_command(
     base: Annotated[
-        Path, typer.Argument(help="Base checkpoint directory, or one iter_* in it.", show_default=False)
+        Path,
+        typer.Argument(help="Base checkpoint directory, or one iter_* in it.", show_default=False),
     ],
     grown: Annotated[
         Path | None,
-        typer.Argument(help="Grown checkpoint, not yet trained on; the view of the base by default."),
+        typer.Argument(
+            help="Grown checkpoint, not yet trained on; the view of the base by default."
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="How it was grown, instead of the manifest beside it.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a grown checkpoint is, bit for bit, what its plan makes of the base; if not, exit 1."""
+    """Check that a grown checkpoint is, bit for bit, what its plan makes of the base; if not, exit
+    1."""
     growth = load_config(config).growth if config else None
     with _quiet():
-        result = _verified(checkpoint_directory(base), grown and checkpoint_directory(grown), growth)
+        result = _verified(
+            checkpoint_directory(base), grown and checkpoint_directory(grown), growth
+        )
     if as_json:
         _print_json(verification_document(result))
     else:
@@ -135,8 +152,12 @@ def verify_command(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for everything it makes.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, to see that it runs.")] = False,
+    out: Annotated[Path, typer.Option(help="Directory for everything it makes.")] = Path(
+        "runs/demo"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps, to see that it runs.")
+    ] = False,
 ) -> None:
     """Train a tiny base, grow it, and train on, without a GPU."""
     from megatron_growth.demo import run  # brings Megatron in
@@ -154,16 +175,21 @@ def _print_version(asked: bool) -> None:
 def _options(
     show_version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """What stands before the command."""
 
 
-# -- what the commands share ---------------------------------------------------------------------------------
+# -- what the commands share
+# ---------------------------------------------------------------------------------
 
 
-def _experiment(config: Path | None, from_manifest: Path | None) -> tuple[ExperimentConfig, str | None]:
+def _experiment(
+    config: Path | None, from_manifest: Path | None
+) -> tuple[ExperimentConfig, str | None]:
     """What is to be planned, and the fingerprint that the plan must have."""
     if (config is None) == (from_manifest is None):
         raise ConfigError("give a growth configuration or --from-manifest DIR, one of the two")
@@ -172,16 +198,23 @@ def _experiment(config: Path | None, from_manifest: Path | None) -> tuple[Experi
     assert from_manifest is not None
     recorded = manifest.read(from_manifest)
     if recorded is None:
-        raise ConfigError(f"{str(from_manifest)!r} holds no {manifest.MANIFEST}; give the directory of a grown run")
+        raise ConfigError(
+            f"{str(from_manifest)!r} holds no {manifest.MANIFEST}; give the directory of a grown "
+            "run"
+        )
     base = {"load": recorded["base"], "iteration": recorded["iteration"]}
-    return ExperimentConfig.model_validate({"base": base, "growth": recorded["growth"]}), recorded["plan_fingerprint"]
+    return ExperimentConfig.model_validate({"base": base, "growth": recorded["growth"]}), recorded[
+        "plan_fingerprint"
+    ]
 
 
 def _check_same(made: GrowthPlan, expected: str | None) -> None:
     if expected is not None and made.fingerprint != expected:
         raise ConfigError(
-            f"the plan made now has fingerprint {made.fingerprint[:16]}, the recorded one {expected[:16]}: the base "
-            "or megatron_growth has changed since; use the base and the versions that the manifest names"
+            f"the plan made now has fingerprint {made.fingerprint[:16]}, the recorded one "
+            f"{expected[:16]}: the base "
+            "or megatron_growth has changed since; use the base and the versions that the manifest "
+            "names"
         )
 
 
@@ -205,7 +238,9 @@ def _measured(source: SourceCheckpoint) -> tuple[LayerScale, ...]:
     tensors = known_tensors(source)
     console = Console(stderr=True)
     columns = TextColumn("reading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("", total=scale_bytes(tensors))
         return weight_scales(source, tensors, lambda nbytes: progress.advance(task, nbytes))
 
@@ -214,7 +249,9 @@ def _verified(base: Path, grown: Path | None, growth: GrowthConfig | None) -> Ve
     """The verification, with a progress bar where someone watches."""
     console = Console(stderr=True)
     columns = TextColumn("comparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("", total=None)
         show = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
         return verify(base, grown, growth=growth, on_progress=show)
@@ -226,7 +263,8 @@ def _print_json(document: dict[str, Any]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch and Megatron say on import about CUDA and Apex: none of it matters here."""
+    """Without what torch and Megatron say on import about CUDA and Apex: none of it matters
+    here."""
     disabled = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -7,7 +7,8 @@
       optimizer: rescale
       seed: 1234
 
-An unknown key is an error that names the nearest known one. `GrowthConfig` alone is what the library takes.
+An unknown key is an error that names the nearest known one. `GrowthConfig` alone is what the
+library takes.
 """
 
 import difflib
@@ -22,18 +23,26 @@ from megatron_growth.errors import ConfigError
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_by_alias=True, validate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_by_alias=True,
+        validate_by_name=True,
+    )
 
 
 class DepthConfig(_Strict):
     """Depth growth: more layers, each a copy of one of the base's."""
 
     method: Literal["interposition", "stacking", "map"] = "interposition"
-    """How layers are placed: `interposition` duplicates each in place (arXiv:2510.08008, the method),
-    `stacking` repeats the whole block (the paper's baseline), `map` takes your own list."""
+    """How layers are placed: `interposition` duplicates each in place (arXiv:2510.08008, the
+    method), `stacking` repeats the whole block (the paper's baseline), `map` takes your own
+    list."""
 
     factor: Annotated[int, Field(ge=2)] | None = None
-    """Copies of each layer that is not skipped, the original counted; 2 when neither this nor `target_layers` is given."""
+    """Copies of each layer that is not skipped, the original counted; 2 when neither this nor
+    `target_layers` is given."""
 
     target_layers: Annotated[int, Field(ge=1)] | None = None
     """Layers of the grown model, instead of `factor`; copies are spread evenly."""
@@ -48,8 +57,8 @@ class DepthConfig(_Strict):
     """Last layers left single."""
 
     new_layer_init: Literal["copy", "zero_output"] = "copy"
-    """`copy` as in the paper; `zero_output` zeroes the copies' projections into the residual stream, so that the
-    grown model computes exactly what the base does."""
+    """`copy` as in the paper; `zero_output` zeroes the copies' projections into the residual
+    stream, so that the grown model computes exactly what the base does."""
 
     @model_validator(mode="after")
     def _one_size(self) -> "DepthConfig":
@@ -58,20 +67,25 @@ class DepthConfig(_Strict):
             given += [name for name in ("skip_first", "skip_last") if getattr(self, name)]
             if self.map is None or given:
                 raise ValueError(
-                    f"method 'map' takes its layers from `map` alone, got {', '.join(given) or 'no map'}; "
+                    "method 'map' takes its layers from `map` alone, got "
+                    f"{', '.join(given) or 'no map'}; "
                     "give `map` and nothing else that sets the size"
                 )
         elif self.map is not None:
-            raise ValueError(f"`map` goes with method 'map', not {self.method!r}; set method or drop `map`")
+            raise ValueError(
+                f"`map` goes with method 'map', not {self.method!r}; set method or drop `map`"
+            )
         elif self.factor is not None and self.target_layers is not None:
             raise ValueError(
-                f"factor ({self.factor}) and target_layers ({self.target_layers}) both set the size; give one"
+                f"factor ({self.factor}) and target_layers ({self.target_layers}) both set the "
+                "size; give one"
             )
         return self
 
 
 class NoiseConfig(_Strict):
-    """Noise on clones: N(0, (alpha * sigma)^2), sigma the standard deviation of the original tensor."""
+    """Noise on clones: N(0, (alpha * sigma)^2), sigma the standard deviation of the original
+    tensor."""
 
     experts: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     """alpha for expert weights; sigma over one projection of one expert. 0.01 is the paper's."""
@@ -87,11 +101,13 @@ class WidthConfig(_Strict):
     """Clones of each expert, the original counted."""
 
     top_k: Literal["scale", "keep"] = "scale"
-    """`scale` multiplies top-k with the experts, as the paper does; `keep` leaves it, which changes the function."""
+    """`scale` multiplies top-k with the experts, as the paper does; `keep` leaves it, which changes
+    the function."""
 
     order: Literal["auto", "interleave", "append"] = "auto"
-    """Where clones stand: `interleave` beside the original, on its expert-parallel rank; `append` after all
-    originals, as the paper's released code; `auto` is `interleave` wherever that keeps the function."""
+    """Where clones stand: `interleave` beside the original, on its expert-parallel rank; `append`
+    after all originals, as the paper's released code; `auto` is `interleave` wherever that keeps
+    the function."""
 
     noise: NoiseConfig = NoiseConfig()
     """Noise scales."""
@@ -107,7 +123,8 @@ class GrowthConfig(_Strict):
     """Width growth, none by default."""
 
     optimizer: Literal["rescale", "copy", "reset"] = "rescale"
-    """What becomes of Adam's moments: `rescale` as the split gradient asks, `copy` as they are, `reset` drops
+    """What becomes of Adam's moments: `rescale` as the split gradient asks, `copy` as they are,
+    `reset` drops
     them and the masters with them: weights only."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
@@ -116,7 +133,9 @@ class GrowthConfig(_Strict):
     @model_validator(mode="after")
     def _something_grows(self) -> "GrowthConfig":
         if self.depth is None and self.width is None:
-            raise ValueError("neither `depth` nor `width` is given, so nothing would grow; give one of them")
+            raise ValueError(
+                "neither `depth` nor `width` is given, so nothing would grow; give one of them"
+            )
         return self
 
 
@@ -124,7 +143,8 @@ class BaseConfig(_Strict):
     """The source checkpoint."""
 
     load: Path | None = None
-    """Megatron checkpoint directory, the one that holds `latest_checkpointed_iteration.txt`; `--load` overrides it."""
+    """Megatron checkpoint directory, the one that holds `latest_checkpointed_iteration.txt`;
+    `--load` overrides it."""
 
     iteration: Annotated[int, Field(ge=0)] | Literal["latest"] = "latest"
     """Which iteration of it."""
@@ -140,10 +160,12 @@ class LearningRateConfig(_Strict):
     """Iterations of linear warm-up from zero, counted from the growth."""
 
     decay_style: Literal["constant", "cosine", "linear", "inverse-square-root", "WSD"] = "constant"
-    """What follows the warm-up; the paper's grown models train at a constant rate until they anneal."""
+    """What follows the warm-up; the paper's grown models train at a constant rate until they
+    anneal."""
 
     decay_iters: Annotated[int, Field(ge=1)] | None = None
-    """Iterations from the growth to the end of the decay; Megatron's `--train-iters` when not given."""
+    """Iterations from the growth to the end of the decay; Megatron's `--train-iters` when not
+    given."""
 
     min: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Learning rate at the end of the decay."""
@@ -164,19 +186,24 @@ class ContinueConfig(_Strict):
     `{offset: N}` takes N samples as consumed."""
 
     iteration: Literal["keep", "reset"] = "keep"
-    """`keep` counts on from the base's iteration; `reset` counts from 0. `--train-iters` is the last one either way."""
+    """`keep` counts on from the base's iteration; `reset` counts from 0. `--train-iters` is the
+    last one either way."""
 
     learning_rate: Literal["keep"] | LearningRateConfig = "keep"
-    """`keep` goes on at the base's place in its schedule (or in the one that the command line gives); otherwise a
-    schedule that starts at the growth."""
+    """`keep` goes on at the base's place in its schedule (or in the one that the command line
+    gives); otherwise a schedule that starts at the growth."""
 
     @model_validator(mode="after")
     def _upstream_can(self) -> "ContinueConfig":
-        starts_over = self.data == "reset" or (isinstance(self.data, DataOffset) and self.data.offset == 0)
+        starts_over = self.data == "reset" or (
+            isinstance(self.data, DataOffset) and self.data.offset == 0
+        )
         if starts_over and self.iteration == "keep":
             raise ValueError(
-                "data from the start at a kept iteration is not possible: Megatron takes 0 consumed samples at "
-                "iteration > 0 for an old checkpoint and skips iteration * batch; add `iteration: reset`"
+                "data from the start at a kept iteration is not possible: Megatron takes 0 "
+                "consumed samples at "
+                "iteration > 0 for an old checkpoint and skips iteration * batch; add `iteration: "
+                "reset`"
             )
         return self
 
@@ -198,14 +225,19 @@ def load_config(path: str | Path) -> ExperimentConfig:
     """Read a configuration file.
 
     Raises:
-        ConfigError: it is missing, not YAML, or not a configuration; one line for the first thing wrong.
+        ConfigError: it is missing, not YAML, or not a configuration; one line for the first thing
+            wrong.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration {str(path)!r} cannot be read: {error}; give the path of a YAML file") from None
+        raise ConfigError(
+            f"configuration {str(path)!r} cannot be read: {error}; give the path of a YAML file"
+        ) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"configuration {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"configuration {str(path)!r} is not YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(content, dict):
         raise ConfigError(
             f"configuration {str(path)!r} holds {type(content).__name__}, not a mapping; "
@@ -218,8 +250,10 @@ def load_config(path: str | Path) -> ExperimentConfig:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """What pydantic found wrong, as one line: where, what, what the field means, and the nearest known key."""
-    # Of a union's members, the one that the value came closest to fitting speaks: the deepest error.
+    """What pydantic found wrong, as one line: where, what, what the field means, and the nearest
+    known key."""
+    # Of a union's members, the one that the value came closest to fitting speaks: the deepest
+    # error.
     found = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
     location = tuple(part for part in found["loc"] if not _is_union_tag(part))
     where = ".".join(map(str, location))
@@ -243,9 +277,13 @@ def _meaning(model: type[BaseModel], location: tuple[Any, ...]) -> str:
 
 
 def _is_union_tag(part: object) -> bool:
-    """Pydantic puts the tried member of a union into an error's location: a type's name, a literal's values."""
-    return isinstance(part, str) and (part.startswith(("literal[", "constrained-")) or part[:1].isupper()
-                                      or part in ("int", "str"))  # fmt: skip
+    """Pydantic puts the tried member of a union into an error's location: a type's name, a
+    literal's values."""
+    return isinstance(part, str) and (
+        part.startswith(("literal[", "constrained-"))
+        or part[:1].isupper()
+        or part in ("int", "str")
+    )
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> dict[str, FieldInfo]:

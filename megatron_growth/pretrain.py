@@ -1,6 +1,8 @@
-"""`torchrun ... -m megatron_growth.pretrain --growth-config FILE --load BASE --save RUN <Megatron arguments>`.
+"""`torchrun ... -m megatron_growth.pretrain --growth-config FILE --load BASE --save RUN <Megatron
+arguments>`.
 
-Trains a GPT model with Megatron's own `pretrain()`, grown from BASE at the first start and resumed from RUN after.
+Trains a GPT model with Megatron's own `pretrain()`, grown from BASE at the first start and resumed
+from RUN after.
 """
 
 import sys

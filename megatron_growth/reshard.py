@@ -1,7 +1,7 @@
 """`torchrun --nproc-per-node N -m megatron_growth.reshard --load BASE --save NEW`.
 
-Saves BASE again with optimizer state that can be grown, on as many ranks as BASE was trained on (fewer
-data-parallel ones will do). BASE is left as it is.
+Saves BASE again with optimizer state that can be grown, on as many ranks as BASE was trained on
+(fewer data-parallel ones will do). BASE is left as it is.
 """
 
 import sys
@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors():
         cpu_backend.install()
         words = reshard_arguments(own.load, own.save, [*extra, *cpu_backend.arguments(extra)])
-        from megatron_growth.training import gpt  # imports megatron, which the CPU backend must precede
+        from megatron_growth.training import (
+            gpt,
+        )  # imports megatron, which the CPU backend must precede
 
         gpt.run(words)
         say(f"{own.save} holds {own.load} with fully reshardable optimizer state")

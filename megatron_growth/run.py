@@ -1,7 +1,7 @@
 """`torchrun ... -m megatron_growth.run their_pretrain.py --growth-config FILE <their arguments>`.
 
-For people with a training script of their own: it runs unchanged, as `__main__`, with the grown model's arguments on
-its command line, and Megatron's loader inside it reads the grown view.
+For people with a training script of their own: it runs unchanged, as `__main__`, with the grown
+model's arguments on its command line, and Megatron's loader inside it reads the grown view.
 """
 
 import runpy
@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not words or not Path(words[0]).is_file():
             raise ConfigError(
                 f"{words[0] if words else 'nothing'!r} is no training script; "
-                "give its path first: -m megatron_growth.run their_pretrain.py --growth-config FILE ..."
+                "give its path first: -m megatron_growth.run their_pretrain.py --growth-config "
+                "FILE ..."
             )
         script = words[0]
         train(words[1:], lambda arguments: _run_script(script, arguments))

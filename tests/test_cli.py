@@ -61,7 +61,7 @@ def config(path: Path, growth: str, base: str = "") -> Path:
     return file
 
 
-# -- plan ----------------------------------------------------------------------------------------------------
+# -- plan ------------------------------------------------------------------------------------------
 
 BOTH = "{depth: {}, width: {}}"
 
@@ -69,7 +69,9 @@ BOTH = "{depth: {}, width: {}}"
 def test_plan_prints_source_and_target_side_by_side(run, base, tmp_path):
     code, out, err = run("plan", config(tmp_path, BOTH, f"base: {{load: {base}}}"))
     assert (code, err) == (0, "")
-    rows = {name: re.search(rf"{name} +(\d+) +(\d+)", out) for name in ("layers", "experts", "top-k")}
+    rows = {
+        name: re.search(rf"{name} +(\d+) +(\d+)", out) for name in ("layers", "experts", "top-k")
+    }
     assert {name: match and match.groups() for name, match in rows.items()} == {
         "layers": ("4", "8"), "experts": ("4", "8"), "top-k": ("2", "4")}  # fmt: skip
     assert "0-3 each x2" in out
@@ -90,7 +92,11 @@ def test_plan_json_is_one_document_that_counts_the_bases_own_tensors(run, base, 
     assert sliced(document["arguments"], "--num-experts") == ["--num-experts", "8"]
 
     tensors = bases.tensors(MODEL)
-    model = {k: t for k, t in tensors.items() if not k.startswith("optimizer.") and "expert_bias" not in k}
+    model = {
+        k: t
+        for k, t in tensors.items()
+        if not k.startswith("optimizer.") and "expert_bias" not in k
+    }
     assert document["parameters"]["source"]["total"] == sum(t.numel() for t in model.values())
     load_time = document["roads"][0]
     assert load_time["read"] == sum(t.nbytes for t in tensors.values())
@@ -121,7 +127,9 @@ def test_the_options_load_wins_over_the_configurations(run, base, tmp_path):
     ],
 )
 def test_plan_warns_of_what_the_user_should_know(run, base, tmp_path, growth, expected):
-    warnings = json.loads(run("plan", config(tmp_path, growth), "--load", base, "--json")[1])["warnings"]
+    warnings = json.loads(run("plan", config(tmp_path, growth), "--load", base, "--json")[1])[
+        "warnings"
+    ]
     assert len(warnings) == len(expected)
     assert all(text in warning for text, warning in zip(expected, warnings, strict=True))
 
@@ -157,7 +165,7 @@ def test_layer_maps_are_written_in_runs(layers, text):
     assert describe_layers(layers) == text
 
 
-# -- inspect -------------------------------------------------------------------------------------------------
+# -- inspect ---------------------------------------------------------------------------------------
 
 
 def test_inspect_says_what_is_in_a_checkpoint(run, base):
@@ -167,7 +175,12 @@ def test_inspect_says_what_is_in_a_checkpoint(run, base):
     tensors = bases.tensors(MODEL)
     model = {key: tensor for key, tensor in tensors.items() if not key.startswith("optimizer.")}
     assert document["iteration"] == 7
-    assert document["architecture"] == {"num_layers": 4, "num_experts": 4, "top_k": 2, "key_form": "stacked"}
+    assert document["architecture"] == {
+        "num_layers": 4,
+        "num_experts": 4,
+        "top_k": 2,
+        "key_form": "stacked",
+    }
     assert document["tensors"] == {"model": len(model), "other": len(tensors) - len(model)}
     assert document["weight_bytes"] == sum(tensor.nbytes for tensor in model.values())
     assert document["objects"] == len(bases.objects(MODEL))
@@ -193,7 +206,11 @@ def test_weight_scales_are_the_rms_of_each_layers_matrices(tmp_path, stacked):
     tensors = bases.tensors(model)
     compared = 0
     for scale in scales:
-        values = {k: t.double() for k, t in of_layer(tensors, scale.layer, stacked).items() if t.dim() >= 2}
+        values = {
+            k: t.double()
+            for k, t in of_layer(tensors, scale.layer, stacked).items()
+            if t.dim() >= 2
+        }
         assert values
         squares = sum(float(t.square().sum()) for t in values.values())
         numel = sum(t.numel() for t in values.values())
@@ -202,21 +219,31 @@ def test_weight_scales_are_the_rms_of_each_layers_matrices(tmp_path, stacked):
             mine = [t for key, t in values.items() if key.startswith(prefix)]
             if mine:
                 whole = torch.cat([t.reshape(-1) for t in mine])
-                assert scale.parts[part] == pytest.approx(float(whole.square().mean().sqrt()), rel=1e-12)
+                assert scale.parts[part] == pytest.approx(
+                    float(whole.square().mean().sqrt()), rel=1e-12
+                )
                 compared += 1
         assert ("dense" in scale.parts) == (not stacked and scale.layer == 0)
     assert compared == (6 if stacked else 5)
 
 
-def of_layer(tensors: dict[str, torch.Tensor], layer: int, stacked: bool) -> dict[str, torch.Tensor]:
+def of_layer(
+    tensors: dict[str, torch.Tensor], layer: int, stacked: bool
+) -> dict[str, torch.Tensor]:
     """Its weights by name, biases and optimizer states left out."""
     prefix = "decoder.layers." if stacked else f"decoder.layers.{layer}."
     found = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    return {k: t[layer] if stacked else t for k, t in found.items() if "bias" not in k and "norm" not in k}
+    return {
+        k: t[layer] if stacked else t
+        for k, t in found.items()
+        if "bias" not in k and "norm" not in k
+    }
 
 
 def test_every_weight_that_the_grammar_knows_has_a_part():
-    names = [r.example for r in LAYER_RULES if r.example.endswith("weight") and "norm" not in r.example]
+    names = [
+        r.example for r in LAYER_RULES if r.example.endswith("weight") and "norm" not in r.example
+    ]
     assert len(names) > 8
     for name in names:
         assert any(name.startswith(prefix) for prefix, _ in norms._PARTS), name
@@ -236,7 +263,10 @@ def test_a_plot_that_cannot_be_written_is_refused_before_reading(run, base, tmp_
 
 
 def test_inspect_shows_a_checkpoint_that_cannot_be_grown_and_says_why(run, tmp_path):
-    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16).bucket_idx_0.exp_avg"
+    bucket = (
+        "optimizer.distributed.dp_group_idx_0."
+        "gbuf_idx_0.dtype_(torch.bfloat16).bucket_idx_0.exp_avg"
+    )
     model = bases.Model(layers=4, experts=4)
     code, out, _ = run("inspect", written(tmp_path, model, **{bucket: torch.zeros(12)}), "--json")
     assert code == 0
@@ -251,7 +281,9 @@ def test_inspect_shows_a_checkpoint_that_cannot_be_grown_and_says_why(run, tmp_p
 
 
 def test_inspect_says_that_a_dense_model_grows_in_depth_only(run, tmp_path):
-    verdict = json.loads(run("inspect", written(tmp_path, bases.Model(experts=0)), "--json")[1])["verdict"]
+    verdict = json.loads(run("inspect", written(tmp_path, bases.Model(experts=0)), "--json")[1])[
+        "verdict"
+    ]
     assert verdict["depth"] is None
     assert "dense" in verdict["width"]
 
@@ -280,7 +312,7 @@ def test_sparkline_rises_with_the_profile_and_marks_what_is_not_finite():
     assert _sparkline([1.0, 1.0]) == "▁▁"
 
 
-# -- errors and the rest -------------------------------------------------------------------------------------
+# -- errors and the rest ---------------------------------------------------------------------------
 
 
 def test_no_checkpoint_is_one_line_on_stderr_and_exit_2(run, tmp_path):

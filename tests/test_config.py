@@ -40,7 +40,8 @@ PINNED = {
 }
 
 
-# -- what others rely on -------------------------------------------------------------------------------------
+# -- what others rely on
+# -------------------------------------------------------------------------------------
 
 
 def test_the_public_names_are_these() -> None:
@@ -97,7 +98,8 @@ def test_every_field_says_what_it_means(model) -> None:
         assert field.description, name
 
 
-# -- reading a file ------------------------------------------------------------------------------------------
+# -- reading a file
+# ------------------------------------------------------------------------------------------
 
 
 def _write(directory: Path, text: str) -> Path:
@@ -214,4 +216,6 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 def test_a_growth_given_in_code_is_explained_the_same_way() -> None:
     with pytest.raises(ValidationError) as refusal:
         GrowthConfig.model_validate({"depth": {"faktor": 2}})
-    assert explain(refusal.value, GrowthConfig) == "unknown key 'depth.faktor'; did you mean 'factor'?"
+    assert (
+        explain(refusal.value, GrowthConfig) == "unknown key 'depth.faktor'; did you mean 'factor'?"
+    )

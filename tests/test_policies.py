@@ -1,4 +1,5 @@
-"""Policies that hold for the whole package: which way imports go, how errors travel, that configs load."""
+"""Policies that hold for the whole package: which way imports go, how errors travel, that configs
+load."""
 
 import ast
 import pickle
@@ -26,7 +27,8 @@ def _of(*parts: str) -> list[Path]:
 
 
 def _imports(path: Path, *, at_runtime: bool) -> set[str]:
-    """Modules that a file imports, anywhere in it, in full; `at_runtime` leaves out `if TYPE_CHECKING:`."""
+    """Modules that a file imports, anywhere in it, in full; `at_runtime` leaves out `if
+    TYPE_CHECKING:`."""
     package = ".".join(path.relative_to(REPOSITORY).parts[:-1])
     return set(_imported(ast.parse(path.read_text(encoding="utf-8")), package, at_runtime))
 
@@ -43,7 +45,10 @@ def _imported(node: ast.AST, package: str, at_runtime: bool) -> Iterator[str]:
         module = ".".join(part for part in (above, node.module) if part)
         yield module
         yield from (f"{module}.{alias.name}" for alias in node.names)
-    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+        "__import__",
+        "importlib.import_module",
+    ):
         first = node.args[0]
         yield first.value if isinstance(first, ast.Constant) else "<computed>"
     for child in ast.iter_child_nodes(node):
@@ -81,7 +86,9 @@ def function():
 @pytest.mark.parametrize("path", _of("planning"), ids=_name)
 def test_planning_imports_the_standard_library_errors_and_itself_alone(path: Path) -> None:
     for module in _imports(path, at_runtime=True):
-        own = _inside(module, "megatron_growth.planning") or _inside(module, "megatron_growth.errors")
+        own = _inside(module, "megatron_growth.planning") or _inside(
+            module, "megatron_growth.errors"
+        )
         assert own or module.split(".")[0] in sys.stdlib_module_names, module
 
 
@@ -93,8 +100,10 @@ def test_checkpoint_knows_neither_megatron_nor_training(path: Path) -> None:
             assert not _inside(module, f"megatron_growth.{above}"), module
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p not in _of("training")], ids=_name)
-def test_only_training_imports_megatron(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p not in _of("training") + _of("demo")], ids=_name
+)
+def test_only_training_and_the_demos_scripts_import_megatron(path: Path) -> None:
     for module in _imports(path, at_runtime=False):
         assert not _inside(module, "megatron"), module
 
@@ -102,8 +111,12 @@ def test_only_training_imports_megatron(path: Path) -> None:
 def test_the_policies_looked_at_something() -> None:
     for folder in ("planning", "checkpoint", "training"):
         assert len(_of(folder)) >= 3
-    assert any(_inside(m, "megatron") for path in _of("training") for m in _imports(path, at_runtime=True))
-    assert any(_inside(m, "torch") for path in _of("checkpoint") for m in _imports(path, at_runtime=True))
+    assert any(
+        _inside(m, "megatron") for path in _of("training") for m in _imports(path, at_runtime=True)
+    )
+    assert any(
+        _inside(m, "torch") for path in _of("checkpoint") for m in _imports(path, at_runtime=True)
+    )
 
 
 @pytest.mark.skipif(not CONFIGS, reason="configs/ holds no YAML")
@@ -115,7 +128,9 @@ def test_every_configuration_of_ours_loads(path: Path) -> None:
 
 def _error_classes() -> list[type[Exception]]:
     found = [
-        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, Exception)
     ]
     assert len(found) >= 4
     return found

@@ -1,1 +1,2 @@
-"""Reading and writing checkpoints through a plan: torch and its distributed checkpoint, never Megatron."""
+"""Reading and writing checkpoints through a plan: torch and its distributed checkpoint, never
+Megatron."""

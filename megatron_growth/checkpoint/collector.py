@@ -1,7 +1,7 @@
 """The garbage collector, off while metadata is built.
 
-Metadata of a large model is millions of small objects, none of them garbage. The collector walks all of them again and
-again as they are made, which takes several times longer than making them.
+Metadata of a large model is millions of small objects, none of them garbage. The collector walks
+all of them again and again as they are made, which takes several times longer than making them.
 """
 
 import gc

@@ -1,7 +1,8 @@
 """Megatron's common state as the grown model's: the arguments that describe it.
 
-`check_checkpoint_args` (megatron/training/checkpointing.py) compares layers on load, and `--use-checkpoint-args`
-overwrites layers, experts and top-k with the checkpoint's. Both must find the grown model's.
+`check_checkpoint_args` (megatron/training/checkpointing.py) compares layers on load, and
+`--use-checkpoint-args` overwrites layers, experts and top-k with the checkpoint's. Both must find
+the grown model's.
 """
 
 import copy

@@ -1,11 +1,14 @@
-"""From read items to bytes: each source chunk is read once and fanned out to all the target slices it feeds.
+"""From read items to bytes: each source chunk is read once and fanned out to all the target slices
+it feeds.
 
-    read items --resolve--> parts --by source chunk--> units --in file order--> batches --> chunks --> slices
+    read items --resolve--> parts --by source chunk--> units --in file order--> batches --> chunks
+    --> slices
 
-A *part* is what one source chunk gives to one read item. A *unit* is what must be in memory together: one source
-chunk, or all chunks of the tensor over which a clone's sigma is taken (one expert's projection, one layer's router),
-and with a master its weight, which it must round to.
-A *batch* is units of some 64 MiB, read in one call. Nothing else is held: memory does not grow with the model.
+A *part* is what one source chunk gives to one read item. A *unit* is what must be in memory
+together: one source chunk, or all chunks of the tensor over which a clone's sigma is taken (one
+expert's projection, one layer's router), and with a master its weight, which it must round to.
+A *batch* is units of some 64 MiB, read in one call. Nothing else is held: memory does not grow with
+the model.
 """
 
 from collections import defaultdict
@@ -49,14 +52,18 @@ class Destination:
 
     @classmethod
     def of(cls, item: ReadItem) -> "Destination":
-        """An item's place is its chunk's offset in the target tensor plus its own offset in the chunk."""
+        """An item's place is its chunk's offset in the target tensor plus its own offset in the
+        chunk."""
         assert item.storage_index.offset is not None
-        offsets = tuple(a + b for a, b in zip(item.storage_index.offset, item.storage_offsets, strict=True))
+        offsets = tuple(
+            a + b for a, b in zip(item.storage_index.offset, item.storage_offsets, strict=True)
+        )
         box = Box(offsets, tuple(item.lengths))
         return cls(item, box, box.numel)
 
     def write(self, box: Box, values: torch.Tensor | None, planner: LoadPlanner) -> None:
-        """Write `values` (None: zeros) to `box` of the target tensor, and commit the item when it is full."""
+        """Write `values` (None: zeros) to `box` of the target tensor, and commit the item when it
+        is full."""
         if self.tensor is None:
             self.tensor = planner.resolve_tensor(self.item).detach()
         place = _narrow(self.tensor, self.box, box)
@@ -90,14 +97,18 @@ class Part:
 
     @property
     def target(self) -> Box:
-        """Where the overlap lies in the target tensor. Axes align from the right: only the layer's may be absent."""
+        """Where the overlap lies in the target tensor. Axes align from the right: only the layer's
+        may be absent."""
         source, target = self.piece.source, self.piece.target
         axes = min(len(source.sizes), len(target.sizes))
-        moved = zip(target.offsets[-axes:], self.box.offsets[-axes:], source.offsets[-axes:], strict=True)
+        moved = zip(
+            target.offsets[-axes:], self.box.offsets[-axes:], source.offsets[-axes:], strict=True
+        )
         offsets = tuple(to + at - start for to, at, start in moved) if axes else ()
         lead = len(target.sizes) - axes
         return Box(
-            (*target.offsets[:lead], *offsets), (*target.sizes[:lead], *(self.box.sizes[-axes:] if axes else ()))
+            (*target.offsets[:lead], *offsets),
+            (*target.sizes[:lead], *(self.box.sizes[-axes:] if axes else ())),
         )
 
 
@@ -113,8 +124,8 @@ def read_tensors(view: GrownView, items: Iterable[ReadItem], planner: LoadPlanne
     """Fill the planner's tensors with the grown model's values.
 
     Raises:
-        CheckpointError: the source has no value for some element, or values that are not finite where noise needs
-            their standard deviation.
+        CheckpointError: the source has no value for some element, or values that are not finite
+            where noise needs their standard deviation.
     """
     destinations = [d for d in map(Destination.of, items) if d.missing]
     units = _group(view, _parts(view, destinations, planner))
@@ -124,13 +135,18 @@ def read_tensors(view: GrownView, items: Iterable[ReadItem], planner: LoadPlanne
             _serve(view, unit, chunks, planner)
     unfilled = [d.item.dest_index.fqn for d in destinations if d.missing]
     if unfilled:
-        raise CheckpointError(f"no source chunk fills all of {unfilled[0]}; the checkpoint is damaged")
+        raise CheckpointError(
+            f"no source chunk fills all of {unfilled[0]}; the checkpoint is damaged"
+        )
 
 
-# -- what is needed ------------------------------------------------------------------------------------------
+# -- what is needed
+# ------------------------------------------------------------------------------------------
 
 
-def _parts(view: GrownView, destinations: Iterable[Destination], planner: LoadPlanner) -> list[Part]:
+def _parts(
+    view: GrownView, destinations: Iterable[Destination], planner: LoadPlanner
+) -> list[Part]:
     """Every part of every read item. Zeros need no source and are written at once."""
     parts = []
     for destination in destinations:
@@ -160,7 +176,11 @@ def _group(view: GrownView, parts: list[Part]) -> list[Unit]:
 
     for part in parts:
         key, transform = part.piece.source_key, part.piece.transform
-        joined = [(key, c) for c in view.source_chunks(key, transform.scope)] if isinstance(transform, Noise) else []
+        joined = (
+            [(key, c) for c in view.source_chunks(key, transform.scope)]
+            if isinstance(transform, Noise)
+            else []
+        )
         if weight := view.weight_of_master(key):
             joined += [(weight, c) for c in view.source_chunks(weight, part.chunk[1])]
         root = find(part.chunk)
@@ -174,11 +194,13 @@ def _group(view: GrownView, parts: list[Part]) -> list[Unit]:
     return list(units.values())
 
 
-# -- reading -------------------------------------------------------------------------------------------------
+# -- reading
+# -------------------------------------------------------------------------------------------------
 
 
 def _batches(view: GrownView, units: list[Unit]) -> Iterator[list[Unit]]:
-    """Units in the order their chunks lie on disk, some `BATCH_BYTES` at a time, at least one unit."""
+    """Units in the order their chunks lie on disk, some `BATCH_BYTES` at a time, at least one
+    unit."""
     units.sort(key=lambda unit: min(_position(view, chunk) for chunk in unit.chunks))
     batch: list[Unit] = []
     size = 0
@@ -205,7 +227,9 @@ def _read(view: GrownView, chunks: list[Chunk]) -> Chunks:
         dtype = view.source.tensors[key].metadata.properties.dtype
         loaded[chunk] = buffer[start : start + _nbytes(view, chunk)].view(dtype).view(box.sizes)
         index, zeros = _index(chunk), torch.Size((0,) * len(box.sizes))
-        requests.append(ReadItem(LoadItemType.TENSOR, index, zeros, index, zeros, torch.Size(box.sizes)))
+        requests.append(
+            ReadItem(LoadItemType.TENSOR, index, zeros, index, zeros, torch.Size(box.sizes))
+        )
     view.source.reader.read_data(LoadPlan(requests), _ChunkPlanner(loaded)).wait()
     return loaded
 
@@ -233,7 +257,9 @@ class _ChunkPlanner(LoadPlanner):
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         offset = read_item.storage_index.offset
         assert offset is not None
-        return self._chunks[read_item.storage_index.fqn, Box(tuple(offset), tuple(read_item.lengths))]
+        return self._chunks[
+            read_item.storage_index.fqn, Box(tuple(offset), tuple(read_item.lengths))
+        ]
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
@@ -243,7 +269,8 @@ class _ChunkPlanner(LoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: Any) -> None: ...
 
 
-# -- writing to the target -----------------------------------------------------------------------------------
+# -- writing to the target
+# -----------------------------------------------------------------------------------
 
 
 def _serve(view: GrownView, unit: Unit, chunks: Chunks, planner: LoadPlanner) -> None:
@@ -258,16 +285,20 @@ def _serve(view: GrownView, unit: Unit, chunks: Chunks, planner: LoadPlanner) ->
             scope = (key, piece.transform.scope)
             if scope not in sigmas:
                 sigmas[scope] = _sigma(view, scope, chunks)
-            values = _noisy(values, part, piece.transform, sigmas[scope], view.source.tensors[key].shape)
+            values = _noisy(
+                values, part, piece.transform, sigmas[scope], view.source.tensors[key].shape
+            )
         else:
             assert isinstance(piece.transform, Copy)
         part.destination.write(part.target, values, planner)
 
 
 def _check_masters(view: GrownView, unit: Unit, chunks: Chunks) -> None:
-    """A master must round to its weight; where it does not, the moments beside it are not to be trusted either.
+    """A master must round to its weight; where it does not, the moments beside it are not to be
+    trusted either.
 
-    Megatron-core 0.19.0 to 0.19.2 can save `fully_reshardable` optimizer state shifted when its buckets are padded.
+    Megatron-core 0.19.0 to 0.19.2 can save `fully_reshardable` optimizer state shifted when its
+    buckets are padded.
     """
     for key, box in unit.chunks:
         weight = view.weight_of_master(key)
@@ -281,8 +312,10 @@ def _check_masters(view: GrownView, unit: Unit, chunks: Chunks) -> None:
             model = _narrow(chunks[weight, other], other, overlap)
             if not torch.equal(master.to(model.dtype), model):
                 raise CheckpointError(
-                    f"{key} does not round to {weight} in box {overlap.offsets} {overlap.sizes}: the base's optimizer "
-                    "state is damaged (megatron-core 0.19.0 to 0.19.2 save it shifted when buckets are padded); "
+                    f"{key} does not round to {weight} in box {overlap.offsets} {overlap.sizes}: "
+                    "the base's optimizer "
+                    "state is damaged (megatron-core 0.19.0 to 0.19.2 save it shifted when buckets "
+                    "are padded); "
                     "use `optimizer: reset`, which grows the weights alone"
                 )
 
@@ -297,17 +330,22 @@ def _sigma(view: GrownView, scope: tuple[str, Box], chunks: Chunks) -> float:
     sigma = standard_deviation(inside)
     if not sigma < float("inf"):
         raise CheckpointError(
-            f"{key} has values that are not finite in box {box.offsets} {box.sizes}, so its clones' noise has no scale; "
+            f"{key} has values that are not finite in box {box.offsets} {box.sizes}, so its "
+            "clones' noise has no scale; "
             "the base has diverged: grow an earlier iteration"
         )
     return sigma
 
 
-def _noisy(values: torch.Tensor, part: Part, noise: Noise, sigma: float, shape: tuple[int, ...]) -> torch.Tensor:
+def _noisy(
+    values: torch.Tensor, part: Part, noise: Noise, sigma: float, shape: tuple[int, ...]
+) -> torch.Tensor:
     """source + noise in fp32, rounded to the type that the grown checkpoint stores."""
     grown = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     inner = Box(part.box.offsets[noise.lead :], part.box.sizes[noise.lead :])
-    add_noise(grown, box=inner, shape=shape[noise.lead :], stream=noise.stream, scale=noise.alpha * sigma)
+    add_noise(
+        grown, box=inner, shape=shape[noise.lead :], stream=noise.stream, scale=noise.alpha * sigma
+    )
     return grown.to(part.dtype)
 
 

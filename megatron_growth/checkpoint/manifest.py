@@ -1,7 +1,8 @@
 """`growth_manifest.json`: how a run's weights came to be, beside its checkpoints.
 
-It is written when a base has been grown and read when the run starts again, so that growth happens once. The plan in
-it says where every number came from; the fingerprint of the base says from which bytes.
+It is written when a base has been grown and read when the run starts again, so that growth happens
+once. The plan in it says where every number came from; the fingerprint of the base says from which
+bytes.
 """
 
 import hashlib
@@ -23,7 +24,9 @@ MANIFEST = "growth_manifest.json"
 _PACKAGES = ("megatron-growth", "megatron-core", "torch", "numpy")
 
 
-def describe(source: SourceCheckpoint, base: str | Path, growth: GrowthConfig, plan: GrowthPlan) -> dict[str, Any]:
+def describe(
+    source: SourceCheckpoint, base: str | Path, growth: GrowthConfig, plan: GrowthPlan
+) -> dict[str, Any]:
     """The manifest of one growth.
 
     Args:
@@ -35,7 +38,9 @@ def describe(source: SourceCheckpoint, base: str | Path, growth: GrowthConfig, p
     return {
         "base": str(base),
         "iteration": (source.common_state or {}).get("iteration"),
-        "base_fingerprint": hashlib.sha256((source.directory / ".metadata").read_bytes()).hexdigest(),
+        "base_fingerprint": hashlib.sha256(
+            (source.directory / ".metadata").read_bytes()
+        ).hexdigest(),
         "growth": growth.model_dump(mode="json"),
         "plan": json.loads(plan.to_json()),
         "plan_fingerprint": plan.fingerprint,
@@ -55,7 +60,9 @@ def write(directory: str | Path, manifest: dict[str, Any]) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / MANIFEST
-    with tempfile.NamedTemporaryFile("w", dir=directory, prefix=f".{MANIFEST}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=directory, prefix=f".{MANIFEST}.", delete=False
+    ) as file:
         json.dump(manifest, file, indent=2)
         file.write("\n")
         file.flush()

@@ -1,16 +1,17 @@
 """Gaussian noise as a pure function of what it is added to.
 
-Each element's noise depends on its stream (seed, logical tensor, target layer, target expert) and its index in that
-(layer, expert) tensor, and on nothing else: any box, asked for in any order, on any layout, gets the same bits.
+Each element's noise depends on its stream (seed, logical tensor, target layer, target expert) and
+its index in that (layer, expert) tensor, and on nothing else: any box, asked for in any order, on
+any layout, gets the same bits.
 
     key      64 bits: BLAKE2b of the stream
     counter  element index // 8
-    words    Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words a counter, eight 16-bit indices
-    z        table[index], 65536 midpoint quantiles of the normal distribution, scaled to variance 1, fp32
+    words    Philox4x32-10 (Salmon et al., SC 2011): four words a counter, eight 16-bit indices
+    z  table[index], 65536 midpoint quantiles of the normal distribution, scaled to variance 1, fp32
     clone    fp32(source) + fp32(alpha * sigma) * z, product and sum rounded separately
 
-Integers, one look-up, one multiply, one add: no libm, so the bits are the same on every machine. `STREAM_VERSION`
-changes whenever any of this does; manifests record it.
+Integers, one look-up, one multiply, one add: no libm, so the bits are the same on every machine.
+`STREAM_VERSION` changes whenever any of this does; manifests record it.
 """
 
 import hashlib
@@ -41,14 +42,16 @@ _ROUNDS = 10
 def stream_key(stream: Stream) -> int:
     """The 64-bit Philox key of a stream."""
     name = json.dumps(
-        [STREAM_VERSION, stream.seed, stream.tensor, stream.layer, stream.expert], separators=(",", ":")
+        [STREAM_VERSION, stream.seed, stream.tensor, stream.layer, stream.expert],
+        separators=(",", ":"),
     )
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 @cache
 def normal_table() -> NDArray[np.float32]:
-    """The 65536 quantiles, fp32, read-only. Their hash is checked: another value would be another stream."""
+    """The 65536 quantiles, fp32, read-only. Their hash is checked: another value would be another
+    stream."""
     size = 1 << 16
     normal = NormalDist()
     upper = [normal.inv_cdf((i + 0.5) / size) for i in range(size // 2, size)]
@@ -58,8 +61,10 @@ def normal_table() -> NDArray[np.float32]:
     digest = hashlib.sha256(table.astype("<f4").tobytes()).hexdigest()
     if digest != _TABLE_SHA256:
         raise GrowthError(
-            f"the table of normal quantiles hashes to {digest[:16]}, not {_TABLE_SHA256[:16]}: this machine's libm "
-            "rounds differently and would draw other noise; please report the machine, and grow on another"
+            f"the table of normal quantiles hashes to {digest[:16]}, not {_TABLE_SHA256[:16]}: "
+            "this machine's libm "
+            "rounds differently and would draw other noise; please report the machine, and grow on "
+            "another"
         )
     table.setflags(write=False)
     return table
@@ -95,7 +100,9 @@ def normals(key: int, start: int, count: int) -> NDArray[np.float32]:
     return np.take(normal_table(), indices[skip : skip + count])
 
 
-def add_noise(values: torch.Tensor, *, box: Box, shape: tuple[int, ...], stream: Stream, scale: float) -> None:
+def add_noise(
+    values: torch.Tensor, *, box: Box, shape: tuple[int, ...], stream: Stream, scale: float
+) -> None:
     """Add a clone's noise, in place.
 
     Args:
@@ -127,5 +134,7 @@ def _runs(box: Box, shape: tuple[int, ...]) -> list[tuple[int, int]]:
     run = box.sizes[axis] * strides[axis]
     starts = [box.offsets[axis] * strides[axis]]
     for i in reversed(range(axis)):
-        starts = [(box.offsets[i] + j) * strides[i] + s for j in range(box.sizes[i]) for s in starts]
+        starts = [
+            (box.offsets[i] + j) * strides[i] + s for j in range(box.sizes[i]) for s in starts
+        ]
     return [(start, run) for start in starts]

@@ -1,12 +1,13 @@
 """The layer-wise weight scale of a checkpoint, streamed.
 
 A converged model's layers have weights whose scale rises with depth (arXiv:2510.08008, figure 2).
-Interposition keeps that profile; stacking breaks it where the block starts again. The scale of a layer is the
-root mean square of the elements of all its weight matrices, ||W||_F / sqrt(numel), comparable between models
-of any size. Norm weights and biases are left out: they are near one or zero, whatever the layer learned.
+Interposition keeps that profile; stacking breaks it where the block starts again. The scale of a
+layer is the root mean square of the elements of all its weight matrices, ||W||_F / sqrt(numel),
+comparable between models of any size. Norm weights and biases are left out: they are near one or
+zero, whatever the layer learned.
 
-The base's own reader goes through each file once, from front to back, and hands over one chunk at a time,
-which is squared, summed and dropped. Memory is one chunk, however large the model.
+The base's own reader goes through each file once, from front to back, and hands over one chunk at a
+time, which is squared, summed and dropped. Memory is one chunk, however large the model.
 """
 
 import math
@@ -115,7 +116,9 @@ def _by_layer(key: Key, box: Box, values: torch.Tensor) -> Iterator[tuple[int, t
 
 
 def _squares(values: torch.Tensor) -> float:
-    return math.fsum(float(block.double().square().sum()) for block in values.reshape(-1).split(_BLOCK))
+    return math.fsum(
+        float(block.double().square().sum()) for block in values.reshape(-1).split(_BLOCK)
+    )
 
 
 def _layer_scale(layer: int, sums: Mapping[tuple[int, str], _Sum]) -> LayerScale:
@@ -124,7 +127,8 @@ def _layer_scale(layer: int, sums: Mapping[tuple[int, str], _Sum]) -> LayerScale
     return LayerScale(layer, whole.rms, {part: s.rms for part, s in parts.items()})
 
 
-# -- streaming -----------------------------------------------------------------------------------------------
+# -- streaming
+# -----------------------------------------------------------------------------------------------
 
 Visit = Callable[[str, Box, torch.Tensor], None]
 

@@ -1,11 +1,13 @@
 """The grown checkpoint as a torch DCP storage reader: growth happens while a loader reads.
 
     state = {"decoder.layers.mlp.router.weight": torch.empty(8, 8, 64)}
-    torch.distributed.checkpoint.load(state, storage_reader=GrowthStorageReader("base/iter_0001000", growth))
+    torch.distributed.checkpoint.load(state, storage_reader=GrowthStorageReader("base/iter_0001000",
+    growth))
 
-Any DCP loader works, Megatron's above all: it sees the metadata of the grown model, plans its reads for whatever
-layout it runs, and hands them to `read_data`. There each read is resolved to boxes of the base, and the base's chunks
-are read through the base's own reader, each once, however many target slices it feeds.
+Any DCP loader works, Megatron's above all: it sees the metadata of the grown model, plans its reads
+for whatever layout it runs, and hands them to `read_data`. There each read is resolved to boxes of
+the base, and the base's chunks are read through the base's own reader, each once, however many
+target slices it feeds.
 """
 
 import io
@@ -38,7 +40,8 @@ class GrowthStorageReader(StorageReader):
         checkpoint_dir: the base, an `iter_*` directory; opened read-only.
         growth: what to grow, or a plan already made for this base.
         base: DCP reader to read the base through; torch's `FileSystemReader` by default.
-        adjust: changes the grown model's common state further before it is delivered; the run's own settings.
+        adjust: changes the grown model's common state further before it is delivered; the run's own
+            settings.
 
     Raises:
         CheckpointError: the base is missing, incomplete or of a format that cannot be grown.
@@ -53,17 +56,22 @@ class GrowthStorageReader(StorageReader):
         adjust: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         super().__init__()
-        self.source = SourceCheckpoint(Path(checkpoint_dir), base, weights_only=growth.optimizer == "reset")
+        self.source = SourceCheckpoint(
+            Path(checkpoint_dir), base, weights_only=growth.optimizer == "reset"
+        )
         self.plan = growth if isinstance(growth, GrowthPlan) else plan_for(self.source, growth)
         self.view = GrownView(self.source, self.plan)
+        self.view.shapes, self.view.objects  # noqa: B018  what cannot be grown is refused here, not while reading
         self._adjust = adjust
 
-    # -- StorageReader -------------------------------------------------------------------------------------
+    # -- StorageReader
+    # -------------------------------------------------------------------------------------
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None and Path(checkpoint_id) != self.source.directory:
             raise CheckpointError(
-                f"this reader is of {str(self.source.directory)!r}, not {str(checkpoint_id)!r}; make another one"
+                f"this reader is of {str(self.source.directory)!r}, not {str(checkpoint_id)!r}; "
+                "make another one"
             )
 
     @property
@@ -75,11 +83,16 @@ class GrowthStorageReader(StorageReader):
         return Path(checkpoint_id, ".metadata").exists()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Metadata of the grown model; a new copy of the mapping each time, for the planner may replace entries."""
+        """Metadata of the grown model; a new copy of the mapping each time, for the planner may
+        replace entries."""
         grown = self.view.metadata
-        return Metadata(dict(grown.state_dict_metadata), dict(grown.planner_data), {}, grown.storage_meta)
+        return Metadata(
+            dict(grown.state_dict_metadata), dict(grown.planner_data), {}, grown.storage_meta
+        )
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
         """The base's reader needs the base's metadata, not the grown one that the planner saw."""
         self.source.reader.set_up_storage_reader(self.source.metadata, is_coordinator)
 
@@ -91,13 +104,18 @@ class GrowthStorageReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill what the planner asks for."""
-        read_tensors(self.view, [item for item in plan.items if item.type == LoadItemType.TENSOR], planner)
-        self._read_objects([item for item in plan.items if item.type == LoadItemType.BYTE_IO], planner)
+        read_tensors(
+            self.view, [item for item in plan.items if item.type == LoadItemType.TENSOR], planner
+        )
+        self._read_objects(
+            [item for item in plan.items if item.type == LoadItemType.BYTE_IO], planner
+        )
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    # -- objects -------------------------------------------------------------------------------------------
+    # -- objects
+    # -------------------------------------------------------------------------------------------
 
     def _read_objects(self, items: Iterable[ReadItem], planner: LoadPlanner) -> None:
         wanted: dict[str, list[ReadItem]] = {}
@@ -118,13 +136,17 @@ class GrowthStorageReader(StorageReader):
     def _common_state(self) -> bytes:
         """The common state of the grown model, as the base's saver wrote it: one in a list."""
         buffer = io.BytesIO()
-        torch.save([self._adjust(grown_common_state(self.source.common_state or {}, self.plan))], buffer)
+        torch.save(
+            [self._adjust(grown_common_state(self.source.common_state or {}, self.plan))], buffer
+        )
         return buffer.getvalue()
 
 
 def plan_for(source: SourceCheckpoint, growth: GrowthConfig) -> GrowthPlan:
     """The plan that grows `source` as `growth` says, in the source's key form."""
-    return build_plan(growth, source.architecture, masters=source.masters, router=read_router(source.args))
+    return build_plan(
+        growth, source.architecture, masters=source.masters, router=read_router(source.args)
+    )
 
 
 def _object_request(source: str) -> ReadItem:

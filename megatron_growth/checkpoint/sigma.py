@@ -1,10 +1,11 @@
 """The standard deviation of a tensor, exactly the same however the tensor is cut into chunks.
 
-Floating-point sums depend on their order, and the order on how the base was sharded; noise scaled by such a sigma
-would differ in its last bits between layouts. So the values are first put on a grid, 2^-16 of the power of two above
-the largest magnitude, which makes them integers of at most 17 bits. Their sums and sums of squares are integers too,
-exact in fp64 for a block and in Python's integers beyond. The grid moves sigma by some 1e-6 of itself, unless single
-outliers are more than a hundred times larger than sigma.
+Floating-point sums depend on their order, and the order on how the base was sharded; noise scaled
+by such a sigma would differ in its last bits between layouts. So the values are first put on a
+grid, 2^-16 of the power of two above the largest magnitude, which makes them integers of at most 17
+bits. Their sums and sums of squares are integers too, exact in fp64 for a block and in Python's
+integers beyond. The grid moves sigma by some 1e-6 of itself, unless single outliers are more than a
+hundred times larger than sigma.
 """
 
 import math
@@ -23,7 +24,8 @@ def standard_deviation(chunks: Sequence[torch.Tensor]) -> float:
         chunks: floating-point CPU tensors of any shape, no element twice.
 
     Returns:
-        A double, the same for every chunking; 0 for fewer than two elements; nan where a value is not finite.
+        A double, the same for every chunking; 0 for fewer than two elements; nan where a value is
+        not finite.
     """
     magnitudes = [float(chunk.abs().max()) for chunk in chunks if chunk.numel()]
     if not all(map(math.isfinite, magnitudes)):  # before max(), which may pass a nan over
@@ -36,7 +38,7 @@ def standard_deviation(chunks: Sequence[torch.Tensor]) -> float:
     total = squares = 0
     for chunk in chunks:
         for block in chunk.reshape(-1).split(_BLOCK):
-            on_grid = torch.ldexp(block.double(), torch.tensor(-exponent)).round_()
+            on_grid = (block.double() * math.ldexp(1.0, -exponent)).round_()
             total += int(on_grid.sum())
             squares += int(on_grid.dot(on_grid))
     variance = (count * squares - total * total) / (count * (count - 1))

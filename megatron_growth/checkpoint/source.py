@@ -1,6 +1,7 @@
 """Opening a base checkpoint: what is in it, whether it is whole, and what it is a checkpoint of.
 
-The base is read and never written. Whatever cannot be grown is refused here, before anything else happens.
+The base is read and never written. Whatever cannot be grown is refused here, before anything else
+happens.
 """
 
 import io
@@ -14,12 +15,23 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.storage import StorageReader
 
 from megatron_growth.checkpoint.collector import collector_off
 from megatron_growth.errors import CheckpointError
-from megatron_growth.planning.keys import Key, KeyForm, ObjectKey, is_optimizer_key, parse, parse_object
+from megatron_growth.planning.keys import (
+    Key,
+    KeyForm,
+    ObjectKey,
+    is_optimizer_key,
+    parse,
+    parse_object,
+)
 from megatron_growth.planning.plan import MASTER_STATES, Architecture, Box, Shape
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -54,8 +66,8 @@ class SourceCheckpoint:
 
     Args:
         directory: an `iter_*` directory.
-        reader: DCP reader to read it through; torch's `FileSystemReader` by default. Its metadata may be cached by
-            its owner and is never changed.
+        reader: DCP reader to read it through; torch's `FileSystemReader` by default. Its metadata
+            may be cached by its owner and is never changed.
         weights_only: leave optimizer state out, of whatever format it is.
 
     Raises:
@@ -63,7 +75,11 @@ class SourceCheckpoint:
     """
 
     def __init__(
-        self, directory: str | Path, reader: StorageReader | None = None, *, weights_only: bool = False
+        self,
+        directory: str | Path,
+        reader: StorageReader | None = None,
+        *,
+        weights_only: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self.weights_only = weights_only
@@ -85,14 +101,18 @@ class SourceCheckpoint:
                 _check_tiled(text, tensor)
                 found[text] = tensor
         if not found:
-            raise CheckpointError(f"checkpoint {str(self.directory)!r} holds no tensor; nothing can be grown from it")
+            raise CheckpointError(
+                f"checkpoint {str(self.directory)!r} holds no tensor; nothing can be grown from it"
+            )
         return found
 
     @cached_property
     def objects(self) -> dict[str, ObjectKey]:
         """Every pickled object by its checkpoint key."""
         return {
-            text: parse_object(text) for text, entry in self._entries() if isinstance(entry, BytesStorageMetadata)
+            text: parse_object(text)
+            for text, entry in self._entries()
+            if isinstance(entry, BytesStorageMetadata)
         }
 
     def _entries(self) -> Iterator[tuple[str, TensorStorageMetadata | BytesStorageMetadata]]:
@@ -102,7 +122,8 @@ class SourceCheckpoint:
 
     @cached_property
     def common_state(self) -> dict[str, Any] | None:
-        """Megatron's common state (`args`, `iteration`, ...), None for a checkpoint that has none."""
+        """Megatron's common state (`args`, `iteration`, ...), None for a checkpoint that has
+        none."""
         return load_common_state(self.directory, self.metadata, self.reader)
 
     @property
@@ -117,7 +138,8 @@ class SourceCheckpoint:
 
     @cached_property
     def optimizer_states(self) -> tuple[str, ...]:
-        """Names of the optimizer states that it holds, `exp_avg` and such; empty for weights only."""
+        """Names of the optimizer states that it holds, `exp_avg` and such; empty for weights
+        only."""
         return tuple(sorted({t.key.state for t in self.tensors.values() if t.key.state}))
 
     @property
@@ -134,7 +156,9 @@ def iteration_directory(load: str | Path, iteration: int | str = "latest") -> Pa
     """
     load = Path(load)
     if not load.is_dir():
-        raise CheckpointError(f"checkpoint directory {str(load)!r} does not exist; give the one that holds {TRACKER}")
+        raise CheckpointError(
+            f"checkpoint directory {str(load)!r} does not exist; give the one that holds {TRACKER}"
+        )
     if iteration == "latest":
         tracker = load / TRACKER
         if not tracker.is_file():
@@ -148,23 +172,31 @@ def iteration_directory(load: str | Path, iteration: int | str = "latest") -> Pa
     directory = load / name
     if not directory.is_dir():
         have = ", ".join(sorted(p.name for p in load.glob("iter_*"))) or "none"
-        raise CheckpointError(f"checkpoint {str(directory)!r} does not exist; iterations there: {have}")
+        raise CheckpointError(
+            f"checkpoint {str(directory)!r} does not exist; iterations there: {have}"
+        )
     return directory
 
 
 def _iteration_name(word: str, tracker: Path) -> str:
     if not word.isdigit():
-        raise CheckpointError(f"{str(tracker)!r} holds {word!r}, not an iteration; write the iteration's number in it")
+        raise CheckpointError(
+            f"{str(tracker)!r} holds {word!r}, not an iteration; write the iteration's number in it"
+        )
     return f"iter_{int(word):07d}"
 
 
 def check_format(directory: Path) -> None:
     """Refuse what is no whole `torch_dist` checkpoint, by name and with the remedy."""
     if not directory.is_dir():
-        raise CheckpointError(f"checkpoint {str(directory)!r} does not exist; give an iter_* directory")
+        raise CheckpointError(
+            f"checkpoint {str(directory)!r} does not exist; give an iter_* directory"
+        )
     for pattern, what, remedy in _FOREIGN:
         if any(directory.glob(pattern)):
-            raise CheckpointError(f"checkpoint {str(directory)!r} is {what}, which cannot be grown; {remedy}")
+            raise CheckpointError(
+                f"checkpoint {str(directory)!r} is {what}, which cannot be grown; {remedy}"
+            )
     config = directory / "metadata.json"
     if config.is_file():
         backend = _backend(config)
@@ -174,9 +206,14 @@ def check_format(directory: Path) -> None:
                 "save it with --ckpt-format torch_dist"
             )
     if not (directory / ".metadata").is_file():
-        hint = f"; give one of its iter_* directories, named in {TRACKER}" if (directory / TRACKER).exists() else ""
+        hint = (
+            f"; give one of its iter_* directories, named in {TRACKER}"
+            if (directory / TRACKER).exists()
+            else ""
+        )
         raise CheckpointError(
-            f"checkpoint {str(directory)!r} has no .metadata: it is no torch_dist checkpoint, or its save did not finish"
+            f"checkpoint {str(directory)!r} has no .metadata: it is no torch_dist checkpoint, or "
+            "its save did not finish"
             + (hint or "; use another iteration, or save it with --ckpt-format torch_dist")
         )
 
@@ -185,7 +222,9 @@ def _backend(config: Path) -> str:
     try:
         return str(json.loads(config.read_text())["sharded_backend"])
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{str(config)!r} is damaged; restore it from another copy of the checkpoint") from None
+        raise CheckpointError(
+            f"{str(config)!r} is damaged; restore it from another copy of the checkpoint"
+        ) from None
 
 
 def _read_metadata(directory: Path, reader: StorageReader) -> Metadata:
@@ -213,12 +252,14 @@ def _check_files(directory: Path, metadata: Metadata) -> None:
         if size < end and not str(directory).startswith("msc:"):
             state = "is missing" if size < 0 else f"has {size} bytes of {end}"
             raise CheckpointError(
-                f"checkpoint {str(directory)!r} is incomplete: {name} {state}; use another iteration or restore the file"
+                f"checkpoint {str(directory)!r} is incomplete: {name} {state}; use another "
+                "iteration or restore the file"
             )
 
 
 def _check_tiled(text: str, tensor: SourceTensor) -> None:
-    """Chunks must cover the tensor: a hole would leave target weights unset, and DCP would not say so."""
+    """Chunks must cover the tensor: a hole would leave target weights unset, and DCP would not say
+    so."""
     whole = Box((0,) * len(tensor.shape), tensor.shape)
     covered = sum(chunk.numel for chunk in tensor.chunks)
     if covered != whole.numel or any(whole.intersect(c) != c for c in tensor.chunks if c.numel):
@@ -228,8 +269,11 @@ def _check_tiled(text: str, tensor: SourceTensor) -> None:
         )
 
 
-def load_common_state(directory: Path, metadata: Metadata, reader: StorageReader) -> dict[str, Any] | None:
-    """Read Megatron's common state through `reader`, or from the `common.pt` of older checkpoints."""
+def load_common_state(
+    directory: Path, metadata: Metadata, reader: StorageReader
+) -> dict[str, Any] | None:
+    """Read Megatron's common state through `reader`, or from the `common.pt` of older
+    checkpoints."""
     legacy = directory / COMMON_FILE
     try:
         if COMMON_OBJECT in metadata.state_dict_metadata:
@@ -239,10 +283,14 @@ def load_common_state(directory: Path, metadata: Metadata, reader: StorageReader
             return dict(state[0] if isinstance(state, list | tuple) else state)
         if legacy.is_file():
             return dict(torch.load(legacy, map_location="cpu", weights_only=False))
-    except (Exception, CheckpointException) as error:  # as above; torch's own is a BaseException of many lines
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # as above; torch's own is a BaseException of many lines
         cause = next((e for e, _ in getattr(error, "failures", {}).values()), error)
         raise CheckpointError(
-            f"the common state of checkpoint {str(directory)!r} cannot be read ({_one_line(cause)}); "
+            f"the common state of checkpoint {str(directory)!r} cannot be read "
+            f"({_one_line(cause)}); "
             "it is damaged: use another iteration"
         ) from None
     return None
@@ -253,7 +301,8 @@ def _architecture(source: SourceCheckpoint) -> Architecture:
     pattern = getattr(args, "hybrid_layer_pattern", None)
     if pattern:
         raise CheckpointError(
-            f"checkpoint {str(source.directory)!r} is a hybrid model (pattern {pattern!r}), which cannot be grown yet; "
+            f"checkpoint {str(source.directory)!r} is a hybrid model (pattern {pattern!r}), which "
+            "cannot be grown yet; "
             "grow a GPT model"
         )
     tensors = source.tensors  # a hybrid model has keys that the grammar refuses, hence after
@@ -261,7 +310,8 @@ def _architecture(source: SourceCheckpoint) -> Architecture:
     form: KeyForm = "stacked" if any(t.key.is_stacked for t in tensors.values()) else "per_layer"
     if not depths:
         raise CheckpointError(
-            f"checkpoint {str(source.directory)!r} has no decoder.layers tensor; it is no GPT model that can be grown"
+            f"checkpoint {str(source.directory)!r} has no decoder.layers tensor; it is no GPT "
+            "model that can be grown"
         )
     num_layers, num_experts = max(depths), max(widths, default=0)
     _agree(num_layers, args, "num_layers", depths)

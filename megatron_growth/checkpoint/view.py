@@ -1,7 +1,8 @@
-"""A base checkpoint seen through a plan: the grown checkpoint's metadata, and where each box of it lies in the base.
+"""A base checkpoint seen through a plan: the grown checkpoint's metadata, and where each box of it
+lies in the base.
 
-Linear in the number of chunks. The base's metadata may be shared with its owner (Megatron caches it), so this builds
-anew and changes nothing.
+Linear in the number of chunks. The base's metadata may be shared with its owner (Megatron caches
+it), so this builds anew and changes nothing.
 """
 
 from collections import defaultdict
@@ -42,13 +43,17 @@ class ChunkIndex:
         lead = _lead_axes(tensor.key)
         cells: dict[Shape, list[Box]] = defaultdict(list)
         for chunk in tensor.chunks:
-            for place in product(*(range(chunk.offsets[i], chunk.offsets[i] + chunk.sizes[i]) for i in range(lead))):
+            for place in product(
+                *(range(chunk.offsets[i], chunk.offsets[i] + chunk.sizes[i]) for i in range(lead))
+            ):
                 cells[place].append(chunk)
         return cls(lead, cells)
 
     def touching(self, box: Box) -> list[Box]:
         """The chunks that overlap `box`, each once."""
-        places = product(*(range(box.offsets[i], box.offsets[i] + box.sizes[i]) for i in range(self.lead)))
+        places = product(
+            *(range(box.offsets[i], box.offsets[i] + box.sizes[i]) for i in range(self.lead))
+        )
         chunks = {chunk: None for place in places for chunk in self.cells.get(place, ())}
         return [chunk for chunk in chunks if chunk.intersect(box)]
 
@@ -84,7 +89,8 @@ class GrownView:
         for text, count in layers.items():
             if count != self.plan.source.num_layers:
                 raise PlanError(
-                    f"{text} is in {count} of {self.plan.source.num_layers} layers, so layers cannot be stacked in "
+                    f"{text} is in {count} of {self.plan.source.num_layers} layers, so layers "
+                    "cannot be stacked in "
                     "the grown checkpoint; keep `--moe-layer-freq` a list, as in the base"
                 )
         return shapes
@@ -101,29 +107,37 @@ class GrownView:
     @cached_property
     @collector_off()
     def metadata(self) -> Metadata:
-        """DCP metadata of the grown checkpoint. Where its bytes lie only the reader knows: `storage_data` is empty."""
+        """DCP metadata of the grown checkpoint. Where its bytes lie only the reader knows:
+        `storage_data` is empty."""
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for tensor in self.source.tensors.values():
             grown = _grown_chunks(tensor, self.plan)
             for key, shape in self.plan.target_tensors(tensor.key, tensor.shape):
                 text = str(key)
                 if text not in entries:
-                    entries[text] = TensorStorageMetadata(_properties(tensor), torch.Size(shape), [])
+                    entries[text] = TensorStorageMetadata(
+                        _properties(tensor), torch.Size(shape), []
+                    )
                 entries[text].chunks.extend(grown[key.layer])  # type: ignore[union-attr]
         entries.update({text: BytesStorageMetadata() for text in self.objects})
         return Metadata(
-            state_dict_metadata=entries, planner_data={text: (text,) for text in entries}, storage_data={}
+            state_dict_metadata=entries,
+            planner_data={text: (text,) for text in entries},
+            storage_data={},
         )
 
     def resolve(self, key: str, box: Box) -> tuple[Piece, ...]:
         """The plan's answer for a box of target tensor `key`, where the base has what it names.
 
-        The plan makes noisy weights from their masters; a weight that is fp32 itself has none and is its own.
+        The plan makes noisy weights from their masters; a weight that is fp32 itself has none and
+        is its own.
         """
         pieces = self.plan.resolve(key, self.shapes[key], box)
         known = self.source.tensors
         return tuple(
-            piece if piece.source_key in known else replace(piece, source_key=str(parse(piece.source_key).of(None)))
+            piece
+            if piece.source_key in known
+            else replace(piece, source_key=str(parse(piece.source_key).of(None)))
             for piece in pieces
         )
 
@@ -134,7 +148,8 @@ class GrownView:
         return self._indices[key].touching(box)
 
     def weight_of_master(self, key: str) -> str | None:
-        """The model's weight that source tensor `key` is the fp32 master of, None where it is none."""
+        """The model's weight that source tensor `key` is the fp32 master of, None where it is
+        none."""
         parsed = self.source.tensors[key].key
         weight = str(parsed.of(None))
         return weight if parsed.state in MASTER_STATES and weight in self.source.tensors else None
@@ -148,8 +163,11 @@ def _lead_axes(key: Key) -> int:
     return int(key.is_stacked) + int(key.rule.expert_axis)
 
 
-def _grown_chunks(tensor: SourceTensor, plan: GrowthPlan) -> dict[int | None, list[ChunkStorageMetadata]]:
-    """Chunks of the target tensors that `tensor` becomes, by the layer in the target's key (None: in no key).
+def _grown_chunks(
+    tensor: SourceTensor, plan: GrowthPlan
+) -> dict[int | None, list[ChunkStorageMetadata]]:
+    """Chunks of the target tensors that `tensor` becomes, by the layer in the target's key (None:
+    in no key).
 
     Each target chunk is one (layer, expert): it aliases the same part of one source chunk.
     """
@@ -160,7 +178,9 @@ def _grown_chunks(tensor: SourceTensor, plan: GrowthPlan) -> dict[int | None, li
         at = int(key.is_stacked)
         layers: list[int | None] = [key.layer]
         if key.place == "decoder":
-            found = range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) if at else [key.layer]
+            found = (
+                range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]) if at else [key.layer]
+            )
             layers = [target for source in found for target in plan.layers.targets[source]]  # type: ignore[index]
         experts: list[int | None] = [None]
         if key.rule.expert_axis:

@@ -1,1 +1,2 @@
-"""What will be grown, derived purely: the standard library and `megatron_growth.errors`, nothing else."""
+"""What will be grown, derived purely: the standard library and `megatron_growth.errors`, nothing
+else."""

@@ -1,4 +1,5 @@
-"""From what the user asked and what the base is, to a plan; everything that cannot work is refused here."""
+"""From what the user asked and what the base is, to a plan; everything that cannot work is refused
+here."""
 
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,8 @@ def build_plan(
         source: what the base checkpoint is.
         masters: optimizer state of the base that holds fp32 masters, None where there is none.
         target_form: key form of the grown model; the source's by default.
-        router: the base's router; None where its arguments are not known, so that no rule is applied.
+        router: the base's router; None where its arguments are not known, so that no rule is
+            applied.
 
     Raises:
         PlanError: the base cannot grow that way.
@@ -60,7 +62,8 @@ def build_plan(
 def router_growth(
     growth: "GrowthConfig", source: Architecture, router: rules.Router | None
 ) -> rules.RouterGrowth | None:
-    """What the rules make of the base's router; None where experts do not grow or the router is not known."""
+    """What the rules make of the base's router; None where experts do not grow or the router is not
+    known."""
     if growth.width is None or router is None or source.num_experts == 0:
         return None
     width = growth.width
@@ -97,7 +100,8 @@ def _expert_map(
 def _top_k(width: "WidthConfig | None", source: Architecture) -> int | None:
     if source.top_k is not None and source.top_k > source.num_experts:
         raise PlanError(
-            f"moe_router_topk ({source.top_k}) must not be above num_experts ({source.num_experts}); "
+            f"moe_router_topk ({source.top_k}) must not be above num_experts "
+            f"({source.num_experts}); "
             "the checkpoint's arguments are not those of a model that ran"
         )
     if width is None or source.top_k is None or width.top_k == "keep":

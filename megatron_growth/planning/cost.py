@@ -1,15 +1,17 @@
 """What a model costs: parameters, activated parameters, FLOPs, and the bytes that growth moves.
 
-Counted from the tensors that a checkpoint really holds, never from a formula over arguments, so that shared
-experts, latent projections and dense layers count as they are.
+Counted from the tensors that a checkpoint really holds, never from a formula over arguments, so
+that shared experts, latent projections and dense layers count as they are.
 
 Conventions, those of the paper's tables (arXiv:2510.08008):
 
-    parameters   trained tensors of the model; a tied embedding is there once. Optimizer states are none, nor
+    parameters   trained tensors of the model; a tied embedding is there once. Optimizer states are
+    none, nor
                  are the router's running statistics (`expert_bias`, `qb_beta`). MTP modules count.
-    activated    those that one token uses: all but the routed experts, and of these top_k / num_experts.
+    activated    those that one token uses: all but the routed experts, and top_k / num_experts of
+                 them.
                  Input and output embeddings count in full; `without_embeddings` leaves them out.
-    F_c          6 N_a x 20 N_a FLOPs, one Chinchilla budget; N_a activated parameters, embeddings counted.
+    F_c   6 N_a x 20 N_a FLOPs, one Chinchilla budget; N_a activated parameters, embeddings counted.
 """
 
 import math
@@ -132,7 +134,9 @@ def kept_tensors(plan: GrowthPlan, base: Iterable[StoredTensor]) -> Iterator[Sto
 
 def grown_tensors(plan: GrowthPlan, base: Iterable[StoredTensor]) -> list[StoredTensor]:
     """The tensors of the grown checkpoint."""
-    grown: dict[str, StoredTensor] = {}  # layers that are keys of the base may be one stack in the target
+    grown: dict[
+        str, StoredTensor
+    ] = {}  # layers that are keys of the base may be one stack in the target
     for tensor in kept_tensors(plan, base):
         for key, shape in plan.target_tensors(tensor.key, tensor.shape):
             grown[str(key)] = StoredTensor(key, shape, tensor.itemsize)
@@ -140,7 +144,8 @@ def grown_tensors(plan: GrowthPlan, base: Iterable[StoredTensor]) -> list[Stored
 
 
 def roads(plan: GrowthPlan, base: Iterable[StoredTensor]) -> tuple[Road, Road]:
-    """What growing while loading moves, and what writing a grown copy first and loading that would."""
+    """What growing while loading moves, and what writing a grown copy first and loading that
+    would."""
     base = list(base)
     source = sum(tensor.nbytes for tensor in kept_tensors(plan, base))
     target = sum(tensor.nbytes for tensor in grown_tensors(plan, base))

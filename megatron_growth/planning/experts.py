@@ -1,10 +1,11 @@
 """Width growth: which source expert each target expert is, and which clone of it.
 
-An `ExpertMap` multiplies the experts of each MoE layer by an integer. Clone 0 is the original, to the bit; clones
-1, 2, ... get noise. Router rows follow the same map, so that a clone is addressed by its own row.
+An `ExpertMap` multiplies the experts of each MoE layer by an integer. Clone 0 is the original, to
+the bit; clones 1, 2, ... get noise. Router rows follow the same map, so that a clone is addressed
+by its own row.
 
-    interleave   e0 e1  x2  ->  e0 e0' e1 e1'    clones beside the original: same expert-parallel rank
-    append       e0 e1  x2  ->  e0 e1 e0' e1'    originals first; the order of the paper's released code
+    interleave   e0 e1  x2  ->  e0 e0' e1 e1'    clones beside the original: on its EP rank
+    append   e0 e1  x2  ->  e0 e1 e0' e1'    originals first; the order of the paper's released code
 """
 
 from dataclasses import dataclass

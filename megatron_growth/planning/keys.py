@@ -2,18 +2,19 @@
 
 A key of a `torch_dist` checkpoint is `[optimizer state] [layer place] name`:
 
-    embedding.word_embeddings.weight                                    outside the layers
-    decoder.layers.mlp.router.weight                       [L, E, H]    stacked: axis 0 is the layer
-    decoder.layers.3.mlp.router.weight                        [E, H]    per-layer: the layer is in the key
-    mtp.layers.0.transformer_layer.mlp.router.weight          [E, H]    multi-token prediction: always per-layer
-    optimizer.state.exp_avg.decoder.layers.mlp.router.weight            a moment: the model's key behind a prefix
-    decoder.layers.mlp.linear_fc1._extra_state/shard_2_4                an object: grid position behind the name
+    embedding.word_embeddings.weight                               outside the layers
+    decoder.layers.mlp.router.weight                    [L, E, H]  stacked: axis 0 is the layer
+    decoder.layers.3.mlp.router.weight                  [E, H]     per-layer: the key has the layer
+    mtp.layers.0.transformer_layer.mlp.router.weight    [E, H]     MTP: always per-layer
+    optimizer.state.exp_avg.decoder.layers.mlp.router.weight       a moment: the key with a prefix
+    decoder.layers.mlp.linear_fc1._extra_state/shard_2_4           an object: its place in a grid
 
-`parse` reads one into a `Key`. What growth does with a tensor follows from its `Rule`: whether it has an expert axis,
-which noise its clones draw, whether it writes into the residual stream. A name that no rule matches is refused:
-a tensor we do not understand is one we would grow wrongly.
+`parse` reads one into a `Key`. What growth does with a tensor follows from its `Rule`: whether it
+has an expert axis, which noise its clones draw, whether it writes into the residual stream. A name
+that no rule matches is refused: a tensor we do not understand is one we would grow wrongly.
 
-Upstream: `sharded_state_dict` of megatron/core/transformer/transformer_block.py, moe/experts.py and moe/router.py.
+Upstream: `sharded_state_dict` of megatron/core/transformer/transformer_block.py, moe/experts.py and
+moe/router.py.
 """
 
 import re
@@ -53,59 +54,114 @@ def _rule(pattern: str, example: str, **traits: bool | NoiseKind) -> Rule:
 
 
 _AFFINE = r"(weight|bias)"
-_LINEAR = r"(weight|bias|layer_norm_weight|layer_norm_bias)"  # a fused norm lives in the linear that follows it
+# A fused norm lives in the linear that follows it.
+_LINEAR = r"(weight|bias|layer_norm_weight|layer_norm_bias)"
 
 LAYER_RULES: tuple[Rule, ...] = (
-    _rule(r"mlp\.experts\.experts\.linear_fc1\.weight", "mlp.experts.experts.linear_fc1.weight",
-          expert_axis=True, noise="experts"),
-    _rule(r"mlp\.experts\.experts\.linear_fc2\.weight", "mlp.experts.experts.linear_fc2.weight",
-          expert_axis=True, noise="experts", residual_output=True),
-    _rule(r"mlp\.experts\.experts\.linear_fc1\.bias", "mlp.experts.experts.linear_fc1.bias", expert_axis=True),
-    _rule(r"mlp\.experts\.experts\.linear_fc2\.bias", "mlp.experts.experts.linear_fc2.bias",
-          expert_axis=True, residual_output=True),
-    _rule(r"mlp\.experts\.experts\.linear_fc[12]\._extra_state",
-          "mlp.experts.experts.linear_fc1._extra_state", expert_axis=True, is_object=True),
+    _rule(
+        r"mlp\.experts\.experts\.linear_fc1\.weight",
+        "mlp.experts.experts.linear_fc1.weight",
+        expert_axis=True,
+        noise="experts",
+    ),
+    _rule(
+        r"mlp\.experts\.experts\.linear_fc2\.weight",
+        "mlp.experts.experts.linear_fc2.weight",
+        expert_axis=True,
+        noise="experts",
+        residual_output=True,
+    ),
+    _rule(
+        r"mlp\.experts\.experts\.linear_fc1\.bias",
+        "mlp.experts.experts.linear_fc1.bias",
+        expert_axis=True,
+    ),
+    _rule(
+        r"mlp\.experts\.experts\.linear_fc2\.bias",
+        "mlp.experts.experts.linear_fc2.bias",
+        expert_axis=True,
+        residual_output=True,
+    ),
+    _rule(
+        r"mlp\.experts\.experts\.linear_fc[12]\._extra_state",
+        "mlp.experts.experts.linear_fc1._extra_state",
+        expert_axis=True,
+        is_object=True,
+    ),
     _rule(r"mlp\.router\.weight", "mlp.router.weight", expert_axis=True, noise="router"),
     _rule(r"mlp\.router\.(bias|expert_bias|qb_beta)", "mlp.router.expert_bias", expert_axis=True),
     _rule(r"mlp\.shared_experts\.linear_fc1\." + _LINEAR, "mlp.shared_experts.linear_fc1.weight"),
-    _rule(r"mlp\.shared_experts\.linear_fc2\." + _AFFINE, "mlp.shared_experts.linear_fc2.weight",
-          residual_output=True),
+    _rule(
+        r"mlp\.shared_experts\.linear_fc2\." + _AFFINE,
+        "mlp.shared_experts.linear_fc2.weight",
+        residual_output=True,
+    ),
     _rule(r"mlp\.shared_experts\.gate_weight", "mlp.shared_experts.gate_weight"),
-    _rule(r"mlp\.fc[12]_latent_proj\." + _LINEAR, "mlp.fc1_latent_proj.weight"),
+    # Its bias reaches the residual stream even when the experts behind it are zero; its weight then
+    # need not be, and must not be: with both zero neither would get a gradient.
+    _rule(r"mlp\.fc2_latent_proj\.bias", "mlp.fc2_latent_proj.bias", residual_output=True),
+    _rule(
+        r"mlp\.fc2_latent_proj\.(weight|layer_norm_weight|layer_norm_bias)",
+        "mlp.fc2_latent_proj.weight",
+    ),
+    _rule(r"mlp\.fc1_latent_proj\." + _LINEAR, "mlp.fc1_latent_proj.weight"),
     _rule(r"mlp\.linear_fc1\." + _LINEAR, "mlp.linear_fc1.layer_norm_weight"),
     _rule(r"mlp\.linear_fc2\." + _AFFINE, "mlp.linear_fc2.weight", residual_output=True),
     _rule(r"self_attention\.linear_qkv\." + _LINEAR, "self_attention.linear_qkv.weight"),
-    _rule(r"self_attention\.linear_(q|kv|qkv)(_down|_up)?_proj\." + _LINEAR,
-          "self_attention.linear_kv_up_proj.weight"),
-    _rule(r"self_attention\.linear_proj\." + _AFFINE, "self_attention.linear_proj.weight", residual_output=True),
+    _rule(
+        r"self_attention\.linear_(q|kv|qkv)(_down|_up)?_proj\." + _LINEAR,
+        "self_attention.linear_kv_up_proj.weight",
+    ),
+    _rule(
+        r"self_attention\.linear_proj\." + _AFFINE,
+        "self_attention.linear_proj.weight",
+        residual_output=True,
+    ),
     _rule(r"self_attention\.(q|k|kv)_layernorm\." + _AFFINE, "self_attention.q_layernorm.weight"),
-    _rule(r"self_attention\.core_attention\.softmax_offset", "self_attention.core_attention.softmax_offset"),
+    _rule(
+        r"self_attention\.core_attention\.softmax_offset",
+        "self_attention.core_attention.softmax_offset",
+    ),
     _rule(r"(input|pre_mlp)_layernorm\." + _AFFINE, "pre_mlp_layernorm.weight"),
-    _rule(r"(self_attention|mlp|input_layernorm|pre_mlp_layernorm)(\.\w+)*\._extra_state",
-          "self_attention.linear_qkv._extra_state", is_object=True),
-)  # fmt: skip
+    _rule(
+        r"(self_attention|mlp|input_layernorm|pre_mlp_layernorm)(\.\w+)*\._extra_state",
+        "self_attention.linear_qkv._extra_state",
+        is_object=True,
+    ),
+)
 
 # Around the layer that a multi-token-prediction module wraps.
 MTP_RULES: tuple[Rule, ...] = (
     _rule(r"(eh_proj|enorm|hnorm|final_layernorm)\." + _AFFINE, "eh_proj.weight"),
-    _rule(r"(eh_proj|enorm|hnorm|final_layernorm)\._extra_state", "eh_proj._extra_state", is_object=True),
+    _rule(
+        r"(eh_proj|enorm|hnorm|final_layernorm)\._extra_state",
+        "eh_proj._extra_state",
+        is_object=True,
+    ),
 )
 
 OUTSIDE_RULES: tuple[Rule, ...] = (
     _rule(r"embedding\.(word|position)_embeddings\.weight", "embedding.word_embeddings.weight"),
     _rule(r"(decoder\.)?final_layernorm\." + _AFFINE, "decoder.final_layernorm.weight"),
     _rule(r"output_layer\." + _AFFINE, "output_layer.weight"),
-    _rule(r"(decoder\.final_layernorm|output_layer)\._extra_state", "output_layer._extra_state", is_object=True),
+    _rule(
+        r"(decoder\.final_layernorm|output_layer)\._extra_state",
+        "output_layer._extra_state",
+        is_object=True,
+    ),
     # The state of a run, not of a model: passed on as it is.
     _rule(r"rng_state", "rng_state", is_object=True),
     _rule(r"rerun_state_machine_state", "rerun_state_machine_state", is_object=True),
     _rule(r"common_state", "common_state", is_object=True),
 )
 
-# Any optimizer's state in any format, chained or not: chained_0.optimizer.distributed.dp_group_idx_0...
+# Any optimizer's state in any format, chained or not:
+# chained_0.optimizer.distributed.dp_group_idx_0...
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 # optimizer.state.exp_avg.<model key>
-_OPTIMIZER_STATE = re.compile(r"optimizer\.state\.(?P<state>param|fp32_param|exp_avg|exp_avg_sq)\.(?P<rest>.+)")
+_OPTIMIZER_STATE = re.compile(
+    r"optimizer\.state\.(?P<state>param|fp32_param|exp_avg|exp_avg_sq)\.(?P<rest>.+)"
+)
 # decoder.layers.3.mlp.router.weight, or without the 3 when layers are stacked
 _DECODER_LAYER = re.compile(r"decoder\.layers\.((?P<layer>\d+)\.)?(?P<name>.+)")
 # mtp.layers.0.transformer_layer.mlp.router.weight, mtp.layers.0.eh_proj.weight
@@ -119,12 +175,15 @@ _OBJECT = re.compile(r"(?P<base>.+)/shard_(?P<position>\d+(\.\d+)*)_(?P<grid>\d+
 _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
     # optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(...).bucket_idx_0.param
     (re.compile(r"(chained_\d+\.)?optimizer\.distributed\."),
-     "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; change it with `torchrun ... "
-     "-m megatron_growth.reshard`, train the base with --dist-ckpt-optim-fully-reshardable, or grow weights only with "
+     "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; change it "
+     "with `torchrun ... "
+     "-m megatron_growth.reshard`, train the base with --dist-ckpt-optim-fully-reshardable, or "
+     "grow weights only with "
      "`optimizer: reset`"),
     # decoder.layers.3.mlp.experts.experts.0.linear_fc1.weight_w
     (re.compile(r"(optimizer\.state\.\w+\.)?decoder\.layers\.(\d+\.)?mlp\.experts\.experts\.\d+\."),
-     "experts saved one key each (singleton_local_shards) cannot be grown; save the base with megatron-core "
+     "experts saved one key each (singleton_local_shards) cannot be grown; save the base with "
+     "megatron-core "
      "0.17 to 0.19, which stacks them"),
 )  # fmt: skip
 
@@ -193,7 +252,8 @@ class ObjectKey:
 
 
 def is_optimizer_key(text: str) -> bool:
-    """Whether a key is optimizer state, of whatever format: what a weights-only growth leaves behind."""
+    """Whether a key is optimizer state, of whatever format: what a weights-only growth leaves
+    behind."""
     return _OPTIMIZER.match(text) is not None
 
 
@@ -221,10 +281,18 @@ def parse(text: str) -> Key:
 
 
 def parse_object(text: str) -> ObjectKey:
-    """Read the key of a pickled object, `<key>/shard_<position>_<grid>`; a plain key is one alone."""
+    """Read the key of a pickled object, `<key>/shard_<position>_<grid>`; a plain key is one
+    alone."""
     match = _OBJECT.fullmatch(text)
     if not match:
-        return ObjectKey(parse(text), (), ())
+        key = parse(text)
+        if key.place != "outside":
+            raise CheckpointError(
+                f"checkpoint object {text!r} does not say which layer it is of (`/shard_...`), so "
+                "it cannot be grown; "
+                "save the base with megatron-core 0.17 to 0.19"
+            )
+        return ObjectKey(key, (), ())
     return ObjectKey(parse(match["base"]), _numbers(match["position"]), _numbers(match["grid"]))
 
 
@@ -237,7 +305,8 @@ def _why(text: str) -> str:
         if pattern.match(text):
             return reason
     return (
-        "the key grammar (megatron_growth/planning/keys.py) does not know it, so how it should grow is not known; "
+        "the key grammar (megatron_growth/planning/keys.py) does not know it, so how it should "
+        "grow is not known; "
         "add a rule there or save the base without it"
     )
 

@@ -1,15 +1,17 @@
 """Depth growth: which source layer each target layer is a copy of.
 
-A `LayerMap` is the whole of depth growth: a tuple that names, for each target layer, its source layer. Everything
-that goes by layer position (weights, moments, `moe_layer_freq`, window and rope patterns) follows this one map.
+A `LayerMap` is the whole of depth growth: a tuple that names, for each target layer, its source
+layer. Everything that goes by layer position (weights, moments, `moe_layer_freq`, window and rope
+patterns) follows this one map.
 
 Three ways to make one (arXiv:2510.08008, section 3.1):
 
-    interposition   0 1 2 3  x2  ->  0 0 1 1 2 2 3 3      each layer duplicated in place; the paper's method
+    interposition   0 1 2 3  x2  ->  0 0 1 1 2 2 3 3      each layer in place; the paper's method
     stacking        0 1 2 3  x2  ->  0 1 2 3 0 1 2 3      the whole block again; the baseline
-    map             any list of source layers
+    map     any list of source layers
 
-`skip_first` and `skip_last` layers stay single. A target count that is no multiple spreads the copies evenly.
+`skip_first` and `skip_last` layers stay single. A target count that is no multiple spreads the
+copies evenly.
 """
 
 from collections import Counter
@@ -45,7 +47,8 @@ class LayerMap:
 
     @cached_property
     def copy_index(self) -> tuple[int, ...]:
-        """For each target layer, how many earlier target layers share its source: 0 is the original."""
+        """For each target layer, how many earlier target layers share its source: 0 is the
+        original."""
         seen: Counter[int] = Counter()
         indices = []
         for source in self.sources:
@@ -65,7 +68,8 @@ class LayerMap:
         """Grow a list that has one entry for each source layer, `moe_layer_freq` say."""
         if len(values) != self.num_source:
             raise PlanError(
-                f"a per-layer list has {len(values)} entries but the source has {self.num_source} layers; "
+                f"a per-layer list has {len(values)} entries but the source has {self.num_source} "
+                "layers; "
                 "the list must name every layer"
             )
         return [values[source] for source in self.sources]
@@ -76,19 +80,25 @@ def identity(num_layers: int) -> LayerMap:
     return LayerMap(num_layers, tuple(range(num_layers)))
 
 
-def interposition(num_layers: int, *, target: int, skip_first: int = 0, skip_last: int = 0) -> LayerMap:
+def interposition(
+    num_layers: int, *, target: int, skip_first: int = 0, skip_last: int = 0
+) -> LayerMap:
     """Duplicate each layer in place until there are `target` layers in all."""
     counts = _copies(num_layers, target, skip_first, skip_last)
-    return LayerMap(num_layers, tuple(layer for layer, count in enumerate(counts) for _ in range(count)))
+    return LayerMap(
+        num_layers, tuple(layer for layer, count in enumerate(counts) for _ in range(count))
+    )
 
 
 def stacking(num_layers: int, *, target: int, skip_first: int = 0, skip_last: int = 0) -> LayerMap:
-    """Repeat the block of layers between the skipped ends until there are `target` layers in all."""
+    """Repeat the block of layers between the skipped ends until there are `target` layers in
+    all."""
     counts = _copies(num_layers, target, skip_first, skip_last)
     last = num_layers - skip_last
     middle = range(skip_first, last)
     rounds = (
-        [layer for layer in middle if counts[layer] > turn] for turn in range(max(counts, default=0))
+        [layer for layer in middle if counts[layer] > turn]
+        for turn in range(max(counts, default=0))
     )
     stacked = [layer for block in rounds for layer in block]
     return LayerMap(num_layers, (*range(skip_first), *stacked, *range(last, num_layers)))
@@ -110,7 +120,8 @@ def explicit(num_layers: int, sources: Sequence[int]) -> LayerMap:
         )
     if len(sources) == num_layers:
         raise PlanError(
-            f"depth.map has {len(sources)} entries, as many as the source has layers: nothing would grow; "
+            f"depth.map has {len(sources)} entries, as many as the source has layers: nothing "
+            "would grow; "
             "name more layers or leave `depth` out"
         )
     return LayerMap(num_layers, tuple(sources))
@@ -121,7 +132,8 @@ def _copies(num_layers: int, target: int, skip_first: int, skip_last: int) -> li
     grown = num_layers - skip_first - skip_last
     if grown < 1:
         raise PlanError(
-            f"skip_first ({skip_first}) + skip_last ({skip_last}) leave no layer of {num_layers} to grow; "
+            f"skip_first ({skip_first}) + skip_last ({skip_last}) leave no layer of {num_layers} "
+            "to grow; "
             f"they must sum to less than {num_layers}"
         )
     if target <= num_layers:

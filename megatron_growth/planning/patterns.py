@@ -1,8 +1,9 @@
 """Arguments that say which layers are of which kind, and how they grow with depth.
 
-Upstream lets each be a list with one entry for each layer, or an integer N that stands for a pattern. A pattern of
-period N is no pattern of period N after growth, so integers are first written out. A pattern that is the same for all
-layers stays an integer: a list would flip the model's checkpoint keys from stacked to per-layer.
+Upstream lets each be a list with one entry for each layer, or an integer N that stands for a
+pattern. A pattern of period N is no pattern of period N after growth, so integers are first written
+out. A pattern that is the same for all layers stays an integer: a list would flip the model's
+checkpoint keys from stacked to per-layer.
 """
 
 from collections.abc import Callable, Sequence

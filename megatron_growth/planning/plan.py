@@ -1,9 +1,12 @@
-"""A growth plan: for any box of any target tensor, which box of which source tensor makes it, and how.
+"""A growth plan: for any box of any target tensor, which box of which source tensor makes it, and
+how.
 
-The plan is a frozen value. It reads nothing and writes nothing; the reader, the writers and the launcher apply it.
-Its heart is `GrowthPlan.resolve`. Where does a number in a grown checkpoint come from? Ask
+The plan is a frozen value. It reads nothing and writes nothing; the reader, the writers and the
+launcher apply it. Its heart is `GrowthPlan.resolve`. Where does a number in a grown checkpoint come
+from? Ask
 
-    plan.resolve("decoder.layers.mlp.experts.experts.linear_fc1.weight", shape, Box((5, 3, 0, 0), (1, 1, 64, 64)))
+    plan.resolve("decoder.layers.mlp.experts.experts.linear_fc1.weight", shape, Box((5, 3, 0, 0),
+    (1, 1, 64, 64)))
 
 and get pieces, each with a source key, a source box, and a transform:
 
@@ -30,7 +33,8 @@ OptimizerRule = Literal["rescale", "copy", "reset"]
 Shape = tuple[int, ...]
 
 PLAN_VERSION = 1
-# exp_avg is linear in the gradient, exp_avg_sq quadratic: the power of m that `rescale` divides each by.
+# exp_avg is linear in the gradient, exp_avg_sq quadratic: the power of m that `rescale` divides
+# each by.
 MOMENT_POWER = {"exp_avg": 1, "exp_avg_sq": 2}
 MASTER_STATES = ("param", "fp32_param")  # distributed optimizer; plain mixed-precision optimizer
 
@@ -77,7 +81,8 @@ class Divide:
 
 @dataclass(frozen=True)
 class Stream:
-    """What a clone's noise is a function of, with the element's index in its (layer, expert) tensor.
+    """What a clone's noise is a function of, with the element's index in its (layer, expert)
+    tensor.
 
     Attributes:
         seed: the plan's seed.
@@ -99,10 +104,10 @@ class Noise:
     Attributes:
         alpha: noise scale, in units of sigma.
         stream: which noise.
-        scope: box of the source tensor over which sigma, the standard deviation, is taken: one projection of one
-            expert, or the router matrix of one layer.
-        lead: leading axes of the source tensor, layer and expert, that the stream names; noise goes by the element's
-            index in the axes behind them.
+        scope: box of the source tensor over which sigma, the standard deviation, is taken: one
+            projection of one expert, or the router matrix of one layer.
+        lead: leading axes of the source tensor, layer and expert, that the stream names; noise goes
+            by the element's index in the axes behind them.
     """
 
     alpha: float
@@ -121,8 +126,9 @@ class Piece:
     Attributes:
         target: where it lies in the target tensor.
         source_key: checkpoint key of the source tensor.
-        source: where its source lies in that tensor; as many elements as `target`, in the same order. Its rank is
-            one less or more than the target's where only one of the two stacks its layers.
+        source: where its source lies in that tensor; as many elements as `target`, in the same
+            order. Its rank is one less or more than the target's where only one of the two stacks
+            its layers.
         transform: how the one becomes the other.
     """
 
@@ -169,13 +175,16 @@ class GrowthPlan:
         target: the grown model. Its key form may differ from the source's: the view serves either.
         layers: depth, target layer -> source layer.
         experts: width, target expert -> source expert; the identity where only depth grows.
-        zero_output: whether depth copies start with zero residual outputs, which keeps the function.
+        zero_output: whether depth copies start with zero residual outputs, which keeps the
+            function.
         noise: scales of the noise on clones.
         optimizer: what becomes of Adam's moments.
-        masters: optimizer state that holds fp32 masters (`param` or `fp32_param`), from which noisy clones of the
-            model's weights are then made; None where the base has none or they are not trusted (`reset`).
+        masters: optimizer state that holds fp32 masters (`param` or `fp32_param`), from which noisy
+            clones of the model's weights are then made; None where the base has none or they are
+            not trusted (`reset`).
         seed: of the noise.
-        arguments: Megatron arguments of the target that are not the base's, beside layers, experts and top-k.
+        arguments: Megatron arguments of the target that are not the base's, beside layers, experts
+            and top-k.
     """
 
     source: Architecture
@@ -189,7 +198,8 @@ class GrowthPlan:
     seed: int
     arguments: tuple[tuple[str, int | float], ...] = ()
 
-    # -- target names and shapes ---------------------------------------------------------------------------
+    # -- target names and shapes
+    # ---------------------------------------------------------------------------
 
     def target_tensors(self, key: Key, shape: Shape) -> Iterator[tuple[Key, Shape]]:
         """The target tensors that source tensor `key` of global shape `shape` becomes."""
@@ -219,7 +229,10 @@ class GrowthPlan:
             if key.is_stacked:
                 position, grid = position[1:], grid[1:]
             elif grid == (1,) and not key.rule.expert_axis:
-                position, grid = (), ()  # per-layer keys say `shard_0_1`; a stack's grid is the layers alone
+                position, grid = (
+                    (),
+                    (),
+                )  # per-layer keys say `shard_0_1`; a stack's grid is the layers alone
         experts = [position]
         if key.rule.expert_axis:
             self._check_experts(key, grid[0])
@@ -233,7 +246,8 @@ class GrowthPlan:
             else:
                 yield ObjectKey(key.at(target), place or (0,), grid or (1,))
 
-    # -- where a box comes from ----------------------------------------------------------------------------
+    # -- where a box comes from
+    # ----------------------------------------------------------------------------
 
     def resolve(self, key: str, shape: Sequence[int], box: Box) -> tuple[Piece, ...]:
         """Which source boxes and transforms make `box` of the target tensor `key`.
@@ -252,7 +266,9 @@ class GrowthPlan:
         at = int(parsed.is_stacked)
         layers: Sequence[int | None] = _span(box, 0) if at else (parsed.layer,)
         if not parsed.rule.expert_axis:
-            return tuple(self._piece(parsed, tuple(shape), box, at, layer, None) for layer in layers)
+            return tuple(
+                self._piece(parsed, tuple(shape), box, at, layer, None) for layer in layers
+            )
         return tuple(
             self._piece(parsed, tuple(shape), box, at, layer, expert)
             for layer, expert in product(layers, _span(box, at))
@@ -261,7 +277,8 @@ class GrowthPlan:
     def _piece(
         self, key: Key, shape: Shape, box: Box, at: int, layer: int | None, expert: int | None
     ) -> Piece:
-        """The piece of one target layer (None outside the decoder stack's axis) and one target expert."""
+        """The piece of one target layer (None outside the decoder stack's axis) and one target
+        expert."""
         coordinates = ([layer] if at else []) + ([] if expert is None else [expert])
         rest = len(coordinates)
         tail = Box(box.offsets[rest:], box.sizes[rest:])
@@ -283,7 +300,11 @@ class GrowthPlan:
         self, key: Key, layer: int | None, expert: int | None, lead: Shape, tail: Shape
     ) -> Transform:
         if key.state in MOMENT_POWER:
-            split = key.rule.expert_axis and not self.experts.is_identity and self.optimizer == "rescale"
+            split = (
+                key.rule.expert_axis
+                and not self.experts.is_identity
+                and self.optimizer == "rescale"
+            )
             return Divide(self.experts.factor ** MOMENT_POWER[key.state]) if split else Copy()
         is_copy = key.place == "decoder" and self.layers.copy_index[layer] > 0  # type: ignore[index]
         if self.zero_output and is_copy and key.rule.residual_output:
@@ -300,7 +321,8 @@ class GrowthPlan:
         stream = Stream(self.seed, key.tensor, None if key.place == "mtp" else layer, expert)
         return Noise(alpha, stream, scope, len(lead))
 
-    # -- checks --------------------------------------------------------------------------------------------
+    # -- checks
+    # --------------------------------------------------------------------------------------------
 
     def _split(self, key: Key, shape: Shape, model: Architecture) -> tuple[Sequence[int], Shape]:
         """The layers that a tensor holds, and its shape for one of them."""
@@ -324,7 +346,8 @@ class GrowthPlan:
                 "layers with different numbers of experts cannot be grown"
             )
 
-    # -- JSON ----------------------------------------------------------------------------------------------
+    # -- JSON
+    # ----------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """Canonical JSON: the same plan gives the same text."""
@@ -340,11 +363,17 @@ class GrowthPlan:
         Raises:
             PlanError: written by another version.
         """
-        fields = json.loads(text)
+        try:
+            fields = dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise PlanError(
+                f"this is no plan ({error}); give the JSON that to_json wrote"
+            ) from None
         version = fields.pop("version", None)
         if version != PLAN_VERSION:
             raise PlanError(
-                f"the plan is of version {version!r} but this megatron_growth reads version {PLAN_VERSION}; "
+                f"the plan is of version {version!r} but this megatron_growth reads version "
+                f"{PLAN_VERSION}; "
                 "read it with the version that wrote it"
             )
         layers = fields["layers"]

@@ -1,25 +1,26 @@
-"""Router options: which keep the function when each expert becomes m clones, and what changes with E and k.
+"""Router options: which keep the function under cloning, and what changes with E and k.
 
-With noise 0 the clones of an expert have one logit, so the top m * k of m * E hold all clones of the base's
-top k. The function is kept where the weights of an expert's clones add up to its weight. From Megatron's
-formulas, each line held by a test against its router (megatron/core/transformer/moe/router.py, 0.19):
+With noise 0 the clones of an expert have one logit, so the top m * k of m * E hold all clones of
+the base's top k. The function is kept where the weights of an expert's clones add up to its weight.
+From Megatron's formulas, each line held by a test against its router
+(megatron/core/transformer/moe/router.py, 0.19):
 
-    softmax after top-k                    kept; upstream refuses k = 1
-    softmax before top-k                   kept for any k
-    sigmoid, sqrtsoftplus                  kept for k >= 2; one score is a weight, several are shares
-    scaling factor, expert_bias            kept; the bias is cloned, and its updates stay alike
-    groups G, group top-k g, interleaved   kept if m * (k mod g) < g or g = G; else others score a group
-    groups, appended                       kept with m * G and m * g: each clone of a group is a group
-    aux, seq-aux and global-aux loss       kept, loss and gradient
-    z-loss                                 output kept; the loss becomes (lse + ln m)^2, never undone
-    capacity factor, either drop policy    kept: an expert's capacity stays
-    quantile balancing                     as the score function; qb_beta is as expert_bias
-    sinkhorn                               kept for k >= 2; sigmoid weighs one expert, softmax several
-    moe_apply_probs_on_input               never: upstream has it for top-1 alone
-    16-bit router                          up to ties for the last place: clones of two experts share it
-    shared experts, latent projections     kept: they stand before or behind the weighted sum
-    top-k kept, k = 1                      kept: one clone is taken; softmax before needs scaling by m
-    top-k kept, k >= 2                     never: clones of the top ceil(k / m) are taken
+    softmax after top-k                   kept; upstream refuses k = 1
+    softmax before top-k                  kept for any k
+    sigmoid, sqrtsoftplus                 kept for k >= 2; one score is a weight, several are shares
+    scaling factor, expert_bias           kept; the bias is cloned, and its updates stay alike
+    groups G, top-g groups, interleaved   kept if m * (k mod g) < g or g = G; else refused
+    groups, appended                      kept with m * G and m * g: each clone of a group is one
+    aux, seq-aux and global-aux loss      kept, loss and gradient
+    z-loss                                output kept; the loss becomes (lse + ln m)^2
+    capacity factor, either drop policy   kept: an expert's capacity stays
+    quantile balancing                    as the score function; qb_beta is as expert_bias
+    sinkhorn                              kept for k >= 2; sigmoid weighs one expert, softmax more
+    moe_apply_probs_on_input              never: upstream has it for top-1 alone
+    16-bit router                         up to ties for the last place
+    shared experts, latent projections    kept: they stand before or behind the weighted sum
+    top-k kept, k = 1                     kept: one clone is taken; softmax before needs factor m
+    top-k kept, k >= 2                    never: clones of the top ceil(k / m) are taken
 
 What is not kept is refused, unless it was asked for by name (`top_k: keep`), which gets a warning.
 """
@@ -37,7 +38,14 @@ TopKMode = Literal["scale", "keep"]
 Severity = Literal["warning", "note"]
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
-BALANCING_TYPES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "quantile_balancing", "none")
+BALANCING_TYPES = (
+    "aux_loss",
+    "seq_aux_loss",
+    "global_aux_loss",
+    "sinkhorn",
+    "quantile_balancing",
+    "none",
+)
 
 
 @dataclass(frozen=True)
@@ -200,33 +208,63 @@ class Rewrite:
 
 
 REFUSALS = (
-    Rule("moe_router_score_function",
-         lambda c: c.router.score_function not in SCORE_FUNCTIONS,
-         lambda c: f"moe_router_score_function {c.router.score_function!r} is not known, so neither is what "
-                   f"cloning does to it; known: {', '.join(SCORE_FUNCTIONS)}"),
-    Rule("moe_router_load_balancing_type",
-         lambda c: bool(set(c.router.balancing) - set(BALANCING_TYPES)),
-         lambda c: f"moe_router_load_balancing_type {' '.join(c.router.balancing)!r} is not known, so "
-                   f"neither is what cloning does to it; known: {', '.join(BALANCING_TYPES)}"),
-    Rule("moe_apply_probs_on_input",
-         lambda c: c.router.probs_on_input and c.scales,
-         lambda c: f"moe_apply_probs_on_input works with top-1 alone, so top-{c.k} cannot become "
-                   f"top-{c.m * c.k}; use `top_k: keep`"),
-    Rule("moe_router_load_balancing_type",
-         lambda c: c.router.is_sinkhorn and c.k == 1 and c.scales,
-         lambda c: "moe_router_load_balancing_type 'sinkhorn' weighs one expert by sigmoid, but several by "
-                   f"softmax, so top-1 cannot become top-{c.m} and keep the function; use `top_k: keep`"),
-    Rule("moe_router_score_function",
-         lambda c: c.router.normalizes and c.k == 1 and c.scales,
-         lambda c: f"moe_router_score_function {c.router.score_function!r} weighs one expert by its score, "
-                   f"but divides those of several by their sum, so top-1 cannot become top-{c.m} and keep "
-                   "the function; use `top_k: keep`"),
-    Rule("moe_router_group_topk",
-         lambda c: c.scales and c.order == "interleave" and not _groups_stay(c),
-         lambda c: f"order 'interleave' changes the groups that a token uses: each is scored by its best "
-                   f"{c.m} * {c.k} // {c.g} = {c.m * c.k // c.g} experts, which are not {c.m} clones of the "
-                   f"best {c.k} // {c.g} = {c.k // c.g}; use `order: auto`"),
-)  # fmt: skip
+    Rule(
+        "moe_router_score_function",
+        lambda c: c.router.score_function not in SCORE_FUNCTIONS,
+        lambda c: (
+            f"moe_router_score_function {c.router.score_function!r} is not known, so neither is "
+            "what "
+            f"cloning does to it; known: {', '.join(SCORE_FUNCTIONS)}"
+        ),
+    ),
+    Rule(
+        "moe_router_load_balancing_type",
+        lambda c: bool(set(c.router.balancing) - set(BALANCING_TYPES)),
+        lambda c: (
+            f"moe_router_load_balancing_type {' '.join(c.router.balancing)!r} is not known, so "
+            f"neither is what cloning does to it; known: {', '.join(BALANCING_TYPES)}"
+        ),
+    ),
+    Rule(
+        "moe_apply_probs_on_input",
+        lambda c: c.router.probs_on_input and c.scales,
+        lambda c: (
+            f"moe_apply_probs_on_input works with top-1 alone, so top-{c.k} cannot become "
+            f"top-{c.m * c.k}; use `top_k: keep`"
+        ),
+    ),
+    Rule(
+        "moe_router_load_balancing_type",
+        lambda c: c.router.is_sinkhorn and c.k == 1 and c.scales,
+        lambda c: (
+            "moe_router_load_balancing_type 'sinkhorn' weighs one expert by sigmoid, but several "
+            "by "
+            f"softmax, so top-1 cannot become top-{c.m} and keep the function; use `top_k: "
+            "keep`"
+        ),
+    ),
+    Rule(
+        "moe_router_score_function",
+        lambda c: c.router.normalizes and c.k == 1 and c.scales,
+        lambda c: (
+            f"moe_router_score_function {c.router.score_function!r} weighs one expert by its "
+            "score, "
+            f"but divides those of several by their sum, so top-1 cannot become top-{c.m} "
+            "and keep "
+            "the function; use `top_k: keep`"
+        ),
+    ),
+    Rule(
+        "moe_router_group_topk",
+        lambda c: c.scales and c.order == "interleave" and not _groups_stay(c),
+        lambda c: (
+            f"order 'interleave' changes the groups that a token uses: each is scored by its best "
+            f"{c.m} * {c.k} // {c.g} = {c.m * c.k // c.g} experts, which are not {c.m} "
+            "clones of the "
+            f"best {c.k} // {c.g} = {c.k // c.g}; use `order: auto`"
+        ),
+    ),
+)
 
 REWRITES = (
     Rewrite("moe_router_num_groups",
@@ -244,57 +282,104 @@ REWRITES = (
 )  # fmt: skip
 
 WARNINGS = (
-    Rule("moe_router_topk",
-         lambda c: not c.scales and c.k > 1,
-         lambda c: f"top_k: keep sends each token to {c.k} of {c.m * c.router.num_experts} experts, at first "
-                   f"clones of its top {math.ceil(c.k / c.m)} instead of its top {c.k}: that is another "
-                   "function and the loss will jump; `top_k: scale` keeps it"),
-    Rule("moe_router_topk",
-         lambda c: not c.scales and c.k == 1,
-         lambda c: "top_k: keep sends each token to one clone, which keeps the function, but only the noise "
-                   "on router rows tells clones apart, and gradients are not split as `optimizer: rescale` "
-                   "assumes; `optimizer: copy` fits better"),
-    Rule("moe_router_enable_expert_bias",
-         lambda c: not c.scales and c.k > 1 and c.router.expert_bias,
-         lambda c: "top_k: keep could keep the function exactly here, with clones parked: their expert_bias "
-                   "lower by more than scores differ, until balancing raises it; this is not done for you"),
-    Rule("moe_expert_capacity_factor",
-         lambda c: not c.scales and c.router.capacity_factor is not None,
-         lambda c: f"moe_expert_capacity_factor {c.capacity:g} at a kept top-k leaves a clone 1/{c.m} of its "
-                   "expert's capacity, while at first one clone may get all tokens; "
-                   f"{c.m * c.capacity:g} drops no more than the base does"),
-    Rule("moe_router_load_balancing_type",
-         lambda c: not c.scales and "quantile_balancing" in c.router.balancing,
-         lambda c: f"quantile balancing at a kept top-k needs {c.k} * tokens of a micro-batch divisible by "
-                   f"{c.m * c.router.num_experts} experts; Megatron stops otherwise"),
-    Rule("moe_z_loss_coeff",
-         lambda c: bool(c.router.z_loss_coeff),
-         lambda c: f"moe_z_loss_coeff: the z-loss goes from L^2 to (L + ln {c.m})^2, though the output "
-                   "stays; its pull on the router nearly stays with --moe-z-loss-coeff "
-                   f"{c.router.z_loss_coeff:g} * L / (L + {math.log(c.m):.3f}), L the root of the z_loss "
-                   f"that the base logged ({_even_z_loss(c):.3g} were all logits 0)"),
-    Rule("moe_router_dtype",
-         lambda c: c.router.half_precision and c.k < c.router.num_experts,
-         lambda c: "the router computes in 16 bits, where many logits tie: a token whose last two candidates "
-                   "tie may get clones of both (some 3 % of tokens at 64 experts); --moe-router-dtype fp32 "
-                   "avoids it"),
-)  # fmt: skip
+    Rule(
+        "moe_router_topk",
+        lambda c: not c.scales and c.k > 1,
+        lambda c: (
+            f"top_k: keep sends each token to {c.k} of {c.m * c.router.num_experts} experts, at "
+            "first "
+            f"clones of its top {math.ceil(c.k / c.m)} instead of its top {c.k}: that is "
+            "another "
+            "function and the loss will jump; `top_k: scale` keeps it"
+        ),
+    ),
+    Rule(
+        "moe_router_topk",
+        lambda c: not c.scales and c.k == 1,
+        lambda c: (
+            "top_k: keep sends each token to one clone, which keeps the function, but only the "
+            "noise "
+            "on router rows tells clones apart, and gradients are not split as `optimizer: "
+            "rescale` "
+            "assumes; `optimizer: copy` fits better"
+        ),
+    ),
+    Rule(
+        "moe_router_enable_expert_bias",
+        lambda c: not c.scales and c.k > 1 and c.router.expert_bias,
+        lambda c: (
+            "top_k: keep could keep the function exactly here, with clones parked: their "
+            "expert_bias "
+            "lower by more than scores differ, until balancing raises it; this is not done "
+            "for you"
+        ),
+    ),
+    Rule(
+        "moe_expert_capacity_factor",
+        lambda c: not c.scales and c.router.capacity_factor is not None,
+        lambda c: (
+            f"moe_expert_capacity_factor {c.capacity:g} at a kept top-k leaves a clone 1/{c.m} of "
+            "its "
+            "expert's capacity, while at first one clone may get all tokens; "
+            f"{c.m * c.capacity:g} drops no more than the base does"
+        ),
+    ),
+    Rule(
+        "moe_router_load_balancing_type",
+        lambda c: not c.scales and "quantile_balancing" in c.router.balancing,
+        lambda c: (
+            f"quantile balancing at a kept top-k needs {c.k} * tokens of a micro-batch divisible "
+            "by "
+            f"{c.m * c.router.num_experts} experts; Megatron stops otherwise"
+        ),
+    ),
+    Rule(
+        "moe_z_loss_coeff",
+        lambda c: bool(c.router.z_loss_coeff),
+        lambda c: (
+            f"moe_z_loss_coeff: the z-loss goes from L^2 to (L + ln {c.m})^2, though the output "
+            "stays; its pull on the router nearly stays with --moe-z-loss-coeff "
+            f"{c.router.z_loss_coeff:g} * L / (L + {math.log(c.m):.3f}), L the root of the "
+            "z_loss "
+            f"that the base logged ({_even_z_loss(c):.3g} were all logits 0)"
+        ),
+    ),
+    Rule(
+        "moe_router_dtype",
+        lambda c: c.router.half_precision and c.k < c.router.num_experts,
+        lambda c: (
+            "the router computes in 16 bits, where many logits tie: a token whose last two "
+            "candidates "
+            "tie may get clones of both (some 3 % of tokens at 64 experts); "
+            "--moe-router-dtype fp32 "
+            "avoids it"
+        ),
+    ),
+)
 
 NOTES = (
-    Rule("num_experts",
-         lambda c: c.order == "append" and not c.router.is_grouped and c.scales,
-         lambda c: "order 'append' puts clones on other expert-parallel ranks than their original, so a "
-                   f"token travels to up to {c.m} times as many; `order: interleave` keeps its destinations"),
-)  # fmt: skip
+    Rule(
+        "num_experts",
+        lambda c: c.order == "append" and not c.router.is_grouped and c.scales,
+        lambda c: (
+            "order 'append' puts clones on other expert-parallel ranks than their original, so a "
+            f"token travels to up to {c.m} times as many; `order: interleave` keeps its "
+            "destinations"
+        ),
+    ),
+)
 
 
-def apply(router: Router, m: int, *, order: OrderAsked = "auto", top_k: TopKMode = "scale") -> RouterGrowth:
+def apply(
+    router: Router, m: int, *, order: OrderAsked = "auto", top_k: TopKMode = "scale"
+) -> RouterGrowth:
     """Grow a router.
 
     Args:
         router: the base's.
         m: clones of each expert, the original counted.
-        order: where clones stand; `auto` interleaves, to keep a token's destinations, unless groups forbid.
+        order: where clones stand; `auto` interleaves, to keep a token's destinations, unless groups
+            forbid.
         top_k: `scale` multiplies top-k by m.
 
     Raises:
@@ -311,7 +396,11 @@ def apply(router: Router, m: int, *, order: OrderAsked = "auto", top_k: TopKMode
         case.order,
         tuple((row.argument, row.new(case)) for row in rewrites),
         (
-            *(Note("warning", rule.argument, rule.text(case)) for rule in WARNINGS if rule.when(case)),
+            *(
+                Note("warning", rule.argument, rule.text(case))
+                for rule in WARNINGS
+                if rule.when(case)
+            ),
             *(Note("note", row.argument, _rewritten(row, case)) for row in rewrites),
             *(Note("note", rule.argument, rule.text(case)) for rule in NOTES if rule.when(case)),
         ),
@@ -320,20 +409,26 @@ def apply(router: Router, m: int, *, order: OrderAsked = "auto", top_k: TopKMode
 
 def _rewritten(row: Rewrite, case: Case) -> str:
     old = row.old(case.router)
-    return f"{row.argument} {'none' if old is None else f'{old:g}'} -> {row.new(case):g}: {row.reason}"
+    return (
+        f"{row.argument} {'none' if old is None else f'{old:g}'} -> {row.new(case):g}: {row.reason}"
+    )
 
 
 def _groups_stay(case: Case) -> bool:
     """Whether interleaved clones leave a token its groups.
 
-    A group's score is the sum of its best k // g experts. With m times the experts in as many groups it is
-    that of the best m * k // g, all clones of the same experts if this is m * (k // g): m * (k mod g) < g.
+    A group's score is the sum of its best k // g experts. With m times the experts in as many
+    groups it is that of the best m * k // g, all clones of the same experts if this is m * (k //
+    g): m * (k mod g) < g.
     """
     router = case.router
-    return not router.is_grouped or case.g == router.num_groups or case.m * (case.k % case.g) < case.g
+    return (
+        not router.is_grouped or case.g == router.num_groups or case.m * (case.k % case.g) < case.g
+    )
 
 
 def _even_z_loss(case: Case) -> float:
-    """The coefficient that keeps the z-loss's gradient where all logits are 0, and L = ln E with them."""
+    """The coefficient that keeps the z-loss's gradient where all logits are 0, and L = ln E with
+    them."""
     even = math.log(case.router.num_experts)
     return (case.router.z_loss_coeff or 0.0) * even / (even + math.log(case.m))

@@ -1,4 +1,5 @@
-"""What a growth plan will do to a base: the content of `megatron-growth plan`. No weight is read."""
+"""What a growth plan will do to a base: the content of `megatron-growth plan`. No weight is
+read."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,13 @@ from megatron_growth.checkpoint.noise import STREAM_VERSION
 from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.config import GrowthConfig
 from megatron_growth.planning.build import router_growth
-from megatron_growth.planning.cost import ParameterCount, Road, count_parameters, grown_tensors, roads
+from megatron_growth.planning.cost import (
+    ParameterCount,
+    Road,
+    count_parameters,
+    grown_tensors,
+    roads,
+)
 from megatron_growth.planning.experts import ExpertMap
 from megatron_growth.planning.layers import LayerMap
 from megatron_growth.planning.plan import GrowthPlan
@@ -22,7 +29,8 @@ from megatron_growth.report.inspection import counted, iteration_of, stored
 
 Value = int | float | str | None
 
-# Megatron argument -> what a person calls it. The first three are the plan's, for a base without arguments.
+# Megatron argument -> what a person calls it. The first three are the plan's, for a base without
+# arguments.
 ARCHITECTURE = {
     "num_layers": "layers",
     "num_experts": "experts",
@@ -91,11 +99,13 @@ class GrowthReport:
             "noise": {**asdict(plan.noise), "stream_version": self.stream_version},
             "optimizer": plan.optimizer,
             "architecture": {
-                row.argument: {"source": row.source, "target": row.target} for row in self.architecture
+                row.argument: {"source": row.source, "target": row.target}
+                for row in self.architecture
             },
             "layer_map": list(plan.layers.sources),
             "expert_map": [
-                {"source": plan.experts.source(e), "clone": plan.experts.clone_index(e)} for e in experts
+                {"source": plan.experts.source(e), "clone": plan.experts.clone_index(e)}
+                for e in experts
             ],
             "parameters": {"source": counted(self.source), "target": counted(self.target)},
             "roads": [asdict(road) for road in self.roads],
@@ -106,7 +116,10 @@ class GrowthReport:
 
 
 def growth_report(
-    source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan, arguments: Sequence[str] | None
+    source: SourceCheckpoint,
+    growth: GrowthConfig,
+    plan: GrowthPlan,
+    arguments: Sequence[str] | None,
 ) -> GrowthReport:
     """Gather the report.
 
@@ -130,7 +143,8 @@ def growth_report(
     )
 
 
-# -- maps, so that a person can read them --------------------------------------------------------------------
+# -- maps, so that a person can read them
+# --------------------------------------------------------------------
 
 
 def describe_layers(layers: LayerMap) -> str:
@@ -158,7 +172,8 @@ def describe_experts(experts: ExpertMap, limit: int = 8) -> str:
     return " ".join(names) + (" ..." if shown < experts.num_target else "")
 
 
-# -- rows and warnings ---------------------------------------------------------------------------------------
+# -- rows and warnings
+# ---------------------------------------------------------------------------------------
 
 
 def _architecture(source: SourceCheckpoint, plan: GrowthPlan) -> Iterator[Row]:
@@ -190,19 +205,23 @@ def _warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan) 
     yield from _width_warnings(source, growth, plan)
     if not source.optimizer_states and plan.optimizer != "reset":
         yield (
-            f"optimizer: {plan.optimizer}, but the base holds no optimizer state: Adam starts anew; "
+            f"optimizer: {plan.optimizer}, but the base holds no optimizer state: Adam starts "
+            "anew; "
             "say so with `optimizer: reset`"
         )
     if source.args is None:
         yield "the base holds no Megatron arguments: give the target's on the command line yourself"
 
 
-def _depth_warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan) -> Iterator[str]:
+def _depth_warnings(
+    source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan
+) -> Iterator[str]:
     if growth.depth is None:
         return
     if growth.depth.method == "stacking":
         yield (
-            "stacking is the paper's baseline: it breaks the profile of weight scales at each seam; "
+            "stacking is the paper's baseline: it breaks the profile of weight scales at each "
+            "seam; "
             "`method: interposition` keeps it"
         )
     skipped = growth.depth.skip_first, growth.depth.skip_last
@@ -215,23 +234,25 @@ def _depth_warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: Growth
     if any(tensor.key.place == "mtp" for tensor in source.tensors.values()):
         yield "multi-token-prediction layers are not grown in depth"
     if getattr(source.args, "pipeline_model_parallel_layout", None) is not None:
-        yield "the base's pipeline layout is dropped, for it names its own layers; give the target's"
+        yield "the base's pipeline layout is dropped, it names its own layers; give the target's"
 
 
-def _width_warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan) -> Iterator[str]:
+def _width_warnings(
+    source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan
+) -> Iterator[str]:
     if growth.width is None:
         return
     router = router_growth(growth, plan.source, read_router(source.args))
     yield from (note.text for note in (router.notes if router else ()))
     if router is None and growth.width.top_k == "keep":
-        yield "top_k: keep is another function unless top-k is 1: the loss will jump; `top_k: scale` keeps it"
+        yield "top_k: keep is another function unless top-k is 1; `top_k: scale` keeps it"
     if plan.source.top_k is None:
-        yield "top-k of the base is not known (no Megatron arguments): activated parameters cannot be counted"
+        yield "top-k of the base is not known: activated parameters cannot be counted"
     alphas = plan.noise.experts, plan.noise.router
     if alphas == (0.0, 0.0):
-        yield "no noise: clones stay alike for long; the paper found alpha 0 about one point worse than 0.01"
+        yield "no noise: clones stay alike for long; the paper found alpha 0 one point worse"
     elif plan.masters is None and torch.bfloat16 in _weight_dtypes(source):
-        yield "noise is added to bf16 weights, for there are no fp32 masters: rounding swallows part of it"
+        yield "noise is added to bf16 weights, without fp32 masters: rounding swallows part of it"
 
 
 def _weight_dtypes(source: SourceCheckpoint) -> set[torch.dtype]:

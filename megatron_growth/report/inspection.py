@@ -1,7 +1,7 @@
 """What a checkpoint holds, and whether it can be grown: the content of `megatron-growth inspect`.
 
-Unlike growth, a look must not fail on what it does not understand: keys that no rule matches are counted, and
-the reason for which growth would refuse the checkpoint is its verdict.
+Unlike growth, a look must not fail on what it does not understand: keys that no rule matches are
+counted, and the reason for which growth would refuse the checkpoint is its verdict.
 """
 
 import math
@@ -45,7 +45,10 @@ LAYOUT = {
 # The first pattern that a key matches names the format of the optimizer states.
 _OPTIMIZER_FORMATS = (
     # optimizer.distributed.dp_group_idx_0.param_state
-    (re.compile(r"(chained_\d+\.)?optimizer\.distributed\..*\.param_state(/.*)?"), "dp_zero_gather_scatter"),
+    (
+        re.compile(r"(chained_\d+\.)?optimizer\.distributed\..*\.param_state(/.*)?"),
+        "dp_zero_gather_scatter",
+    ),
     # chained_0.optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(...).bucket_idx_0.exp_avg
     (re.compile(r"(chained_\d+\.)?optimizer\.distributed\..+"), "dp_reshardable"),
     (re.compile(r"optimizer\.state\.param\..+"), "fully_reshardable (distributed optimizer)"),
@@ -110,7 +113,11 @@ class Inspection:
         fields["tensors"] = {"model": self.tensors[0], "other": self.tensors[1]}
         fields["parameters"] = counted(self.parameters) if self.parameters else None
         fields["scales"] = [
-            {"layer": s.layer, "rms": _number(s.rms), "parts": {p: _number(v) for p, v in s.parts.items()}}
+            {
+                "layer": s.layer,
+                "rms": _number(s.rms),
+                "parts": {p: _number(v) for p, v in s.parts.items()},
+            }
             for s in self.scales
         ]
         return fields
@@ -129,7 +136,9 @@ def iteration_of(source: SourceCheckpoint) -> int | None:
 
 def stored(tensors: Mapping[str, SourceTensor]) -> list[StoredTensor]:
     """Tensors of a checkpoint as cost counts them."""
-    return [StoredTensor(t.key, t.shape, t.metadata.properties.dtype.itemsize) for t in tensors.values()]
+    return [
+        StoredTensor(t.key, t.shape, t.metadata.properties.dtype.itemsize) for t in tensors.values()
+    ]
 
 
 def known_tensors(source: SourceCheckpoint) -> dict[str, SourceTensor]:
@@ -166,10 +175,14 @@ def inspect_checkpoint(source: SourceCheckpoint, scales: tuple[LayerScale, ...] 
         unknown=len(entries) - len(known),
         weight_bytes=weight_bytes,
         other_bytes=nbytes - weight_bytes,
-        dtypes=dict(Counter(str(e.properties.dtype).removeprefix("torch.") for e in entries.values())),
+        dtypes=dict(
+            Counter(str(e.properties.dtype).removeprefix("torch.") for e in entries.values())
+        ),
         optimizer_states=tuple(sorted({t.key.state for t in known.values() if t.key.state})),
         optimizer_format=_optimizer_format(source.metadata.state_dict_metadata),
-        layout={short: size for name, short in LAYOUT.items() if (size := getattr(args, name, None))},
+        layout={
+            short: size for name, short in LAYOUT.items() if (size := getattr(args, name, None))
+        },
         num_ranks=getattr(args, "world_size", None),
         verdict=_verdict(source),
         scales=scales,
@@ -181,7 +194,9 @@ def _tensor_entries(source: SourceCheckpoint) -> dict[str, TensorStorageMetadata
     return {text: entry for text, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
-def _architecture(source: SourceCheckpoint, known: Mapping[str, SourceTensor]) -> Architecture | None:
+def _architecture(
+    source: SourceCheckpoint, known: Mapping[str, SourceTensor]
+) -> Architecture | None:
     """As growth sees it; where growth refuses the checkpoint, as its arguments say."""
     try:
         return source.architecture
@@ -196,7 +211,8 @@ def _architecture(source: SourceCheckpoint, known: Mapping[str, SourceTensor]) -
 
 
 def _verdict(source: SourceCheckpoint) -> Verdict:
-    """Found by trying: the plan, and the names and shapes of all it grows, are made; nothing is read."""
+    """Found by trying: the plan, and the names and shapes of all it grows, are made; nothing is
+    read."""
     depth = _refusal(source, GrowthConfig(depth=DepthConfig()))
     width = _refusal(source, GrowthConfig(width=WidthConfig()))
     return Verdict(depth, width)
@@ -213,7 +229,9 @@ def _refusal(source: SourceCheckpoint, growth: GrowthConfig) -> str | None:
 
 def _optimizer_format(keys: Iterable[str]) -> str | None:
     keys = list(keys)
-    return next((name for pattern, name in _OPTIMIZER_FORMATS if any(map(pattern.fullmatch, keys))), None)
+    return next(
+        (name for pattern, name in _OPTIMIZER_FORMATS if any(map(pattern.fullmatch, keys))), None
+    )
 
 
 def counted(count: ParameterCount) -> dict[str, Any]:
@@ -231,7 +249,8 @@ def _number(value: float) -> float | None:
 
 
 def _written_by(source: SourceCheckpoint) -> str:
-    """Upstream writes no version of its own; where the common state lies tells the newer from the older."""
+    """Upstream writes no version of its own; where the common state lies tells the newer from the
+    older."""
     if COMMON_OBJECT in source.metadata.state_dict_metadata:
         megatron = "megatron-core 0.19 or later"
     elif (source.directory / COMMON_FILE).is_file():

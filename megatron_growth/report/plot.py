@@ -23,7 +23,9 @@ def check_path(path: Path) -> None:
     """
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in formats:
-        raise ConfigError(f"--plot {str(path)!r} ends in no image format; use one of {', '.join(formats)}")
+        raise ConfigError(
+            f"--plot {str(path)!r} ends in no image format; use one of {', '.join(formats)}"
+        )
     if not path.parent.is_dir():
         raise ConfigError(
             f"--plot {str(path)!r}: there is no such directory; make {str(path.parent)!r} first"
@@ -33,7 +35,8 @@ def check_path(path: Path) -> None:
 def plot_scales(scales: Sequence[LayerScale], path: Path, title: str) -> None:
     """Write the figure; its format goes by the ending of `path`.
 
-    The layer as a whole stands alone above, for its rise of a few percent would vanish between the parts.
+    The layer as a whole stands alone above, for its rise of a few percent would vanish between the
+    parts.
 
     Raises:
         CheckpointError: there is nothing to plot.
@@ -42,8 +45,15 @@ def plot_scales(scales: Sequence[LayerScale], path: Path, title: str) -> None:
         raise CheckpointError(
             "the checkpoint has no decoder layer, so nothing can be plotted; leave --plot out"
         )
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                                "grid.alpha": 0.25, "font.size": 10}):  # fmt: skip
+    with matplotlib.rc_context(
+        {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "font.size": 10,
+        }
+    ):
         figure = Figure(figsize=(7, 5.6), layout="constrained")  # a bare Figure draws with Agg
         whole, parts = figure.subplots(2, 1, sharex=True)
         layers = [scale.layer for scale in scales]
@@ -53,7 +63,12 @@ def plot_scales(scales: Sequence[LayerScale], path: Path, title: str) -> None:
         for part in PARTS:
             points = [(scale.layer, scale.parts[part]) for scale in scales if part in scale.parts]
             if points:
-                parts.plot(*zip(*points, strict=True), color=_COLOURS[part], label=part, **_line(len(layers)))
+                parts.plot(
+                    *zip(*points, strict=True),
+                    color=_COLOURS[part],
+                    label=part,
+                    **_line(len(layers)),
+                )
         parts.set_ylabel("RMS by part")
         parts.set_xlabel("layer")
         _finish(parts)

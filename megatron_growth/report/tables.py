@@ -15,7 +15,12 @@ from rich.text import Text
 from megatron_growth.checkpoint.norms import PARTS, LayerScale
 from megatron_growth.planning.cost import ParameterCount
 from megatron_growth.planning.plan import Architecture
-from megatron_growth.report.growth import ARCHITECTURE, GrowthReport, describe_experts, describe_layers
+from megatron_growth.report.growth import (
+    ARCHITECTURE,
+    GrowthReport,
+    describe_experts,
+    describe_layers,
+)
 from megatron_growth.report.inspection import Inspection, Verdict
 
 _BAR_WIDTH = 24
@@ -24,7 +29,13 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 def print_growth(console: Console, report: GrowthReport) -> None:
     """What a plan will do."""
-    for part in (_facts(report), _architecture(report), _maps(report), _parameters(report), _roads(report)):
+    for part in (
+        _facts(report),
+        _architecture(report),
+        _maps(report),
+        _parameters(report),
+        _roads(report),
+    ):
         console.print(part)
         console.print()
     _print_arguments(console, report)
@@ -42,7 +53,8 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     console.print(_verdict(inspection.verdict))
 
 
-# -- growth --------------------------------------------------------------------------------------------------
+# -- growth
+# --------------------------------------------------------------------------------------------------
 
 
 def _facts(report: GrowthReport) -> RenderableType:
@@ -68,7 +80,9 @@ def _architecture(report: GrowthReport) -> Table:
     for row in report.architecture:
         style = "" if row.source == row.target else "bold green"
         table.add_row(
-            ARCHITECTURE[row.argument], Text(_shown(row.source)), Text(_shown(row.target), style=style)
+            ARCHITECTURE[row.argument],
+            Text(_shown(row.source)),
+            Text(_shown(row.target), style=style),
         )
     return table
 
@@ -76,7 +90,12 @@ def _architecture(report: GrowthReport) -> Table:
 def _maps(report: GrowthReport) -> RenderableType:
     layers, experts = report.plan.layers, report.plan.experts
     copies = ", copies with zero output" if report.plan.zero_output else ""
-    rows = [("layer map", f"{layers.num_source} -> {layers.num_target}{copies}: {describe_layers(layers)}")]
+    rows = [
+        (
+            "layer map",
+            f"{layers.num_source} -> {layers.num_target}{copies}: {describe_layers(layers)}",
+        )
+    ]
     if experts.num_source:
         order = "" if experts.is_identity else f", {experts.order}"
         shown = describe_experts(experts)
@@ -86,7 +105,9 @@ def _maps(report: GrowthReport) -> RenderableType:
 
 def _parameters(report: GrowthReport) -> Table:
     table = _table("Parameters", "", "source", "target", "")
-    for name, before, after in zip(_COUNTS, _counts(report.source), _counts(report.target), strict=True):
+    for name, before, after in zip(
+        _COUNTS, _counts(report.source), _counts(report.target), strict=True
+    ):
         ratio = f"x{after / before:.3g}" if before and after else ""
         table.add_row(name, _count(before), _count(after), ratio)
     table.add_row("F_c, one Chinchilla budget", _flops(report.source), _flops(report.target), "")
@@ -137,7 +158,8 @@ def _options(arguments: Sequence[str]) -> list[str]:
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-# -- inspection ----------------------------------------------------------------------------------------------
+# -- inspection
+# ----------------------------------------------------------------------------------------------
 
 
 def _contents(inspection: Inspection) -> RenderableType:
@@ -183,7 +205,8 @@ def _layout(inspection: Inspection) -> str:
 
 
 def _scales(scales: Sequence[LayerScale]) -> RenderableType:
-    """A table with a bar for each layer; bars start near the smallest, or the profile would look flat."""
+    """A table with a bar for each layer; bars start near the smallest, or the profile would look
+    flat."""
     values = [scale.rms for scale in scales]
     low, high = _range(values)
     start = max(low - (high - low) / 4, 0.0)
@@ -195,7 +218,9 @@ def _scales(scales: Sequence[LayerScale]) -> RenderableType:
         length = scale.rms - start if math.isfinite(scale.rms) else 0.0
         bar = Bar(high - start or 1.0, 0, length, width=_BAR_WIDTH, color="cyan")
         table.add_row(str(scale.layer), f"{scale.rms:.5f}", *parts, bar)
-    return Group(table, Text.assemble("profile ", (_sparkline(values), "cyan"), _largest_step(values)))
+    return Group(
+        table, Text.assemble("profile ", (_sparkline(values), "cyan"), _largest_step(values))
+    )
 
 
 def _sparkline(values: Sequence[float]) -> str:
@@ -219,7 +244,9 @@ def _largest_step(values: Sequence[float]) -> str:
         return ""
     at = max(range(len(steps)), key=lambda i: abs(steps[i]))
     ratio = abs(steps[at]) / mean
-    return f"  largest step {steps[at]:+.5f}, layer {at} to {at + 1}, {ratio:.1f} times the mean step"
+    return (
+        f"  largest step {steps[at]:+.5f}, layer {at} to {at + 1}, {ratio:.1f} times the mean step"
+    )
 
 
 def _verdict(verdict: Verdict) -> RenderableType:
@@ -234,11 +261,14 @@ def _verdict(verdict: Verdict) -> RenderableType:
     return Group(*lines)
 
 
-# -- pieces --------------------------------------------------------------------------------------------------
+# -- pieces
+# --------------------------------------------------------------------------------------------------
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column(first)
     for column in columns:
         table.add_column(column, justify="right")

@@ -63,13 +63,17 @@ def _what(problem: Problem) -> Text:
     text = Text(f"    {problem.what}")
     if problem.elements:
         text.append(
-            f": {problem.elements:,} elements differ, by {problem.difference:.3g} at most", style="red"
+            f": {problem.elements:,} elements differ, by {problem.difference:.3g} at most",
+            style="red",
         )
     return text
 
 
 def _verdict(result: Verification) -> Text:
     if result.passed:
-        return Text("verified: every tensor and object is what the plan says, to the bit", style="bold green")
+        return Text(
+            "verified: every tensor and object is what the plan says, to the bit",
+            style="bold green",
+        )
     keys = len({problem.key for problem in result.problems})
     return Text(f"not verified: {len(result.problems)} problems in {keys} keys", style="bold red")

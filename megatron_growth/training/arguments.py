@@ -1,11 +1,12 @@
 """The Megatron arguments of the grown model: the base's, grown, unless the user gives them.
 
-A user should not have to repeat what the base checkpoint knows. So the arguments that make a model what it is are read
-from the base's, grown, and put on the command line, where Megatron's own parser finds them and its log shows them. One
-that the user gives and that differs from the plan is an error: the checkpoint would not fit it.
+A user should not have to repeat what the base checkpoint knows. So the arguments that make a model
+what it is are read from the base's, grown, and put on the command line, where Megatron's own parser
+finds them and its log shows them. One that the user gives and that differs from the plan is an
+error: the checkpoint would not fit it.
 
-Upstream: `load_args_from_checkpoint` (megatron/training/checkpointing.py) does the like for a resume, but knows fewer
-arguments and overrides the user silently.
+Upstream: `load_args_from_checkpoint` (megatron/training/checkpointing.py) does the like for a
+resume, but knows fewer arguments and overrides the user silently.
 """
 
 import argparse
@@ -18,43 +19,48 @@ from megatron_growth.errors import ConfigError
 from megatron_growth.planning.patterns import PATTERN_ARGUMENTS, written_out
 from megatron_growth.planning.plan import GrowthPlan
 
-# What makes the model: shapes, and what goes by layer or expert. A run must agree with the checkpoint it loads.
+# What makes the model: shapes, and what goes by layer or expert. A run must agree with the
+# checkpoint it loads.
 ARCHITECTURE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention",
-    "num_query_groups", "kv_channels", "position_embedding_type", "no_rope_freq", "window_attn_skip_freq",
-    "linear_attention_freq", "normalization", "add_bias_linear", "add_qkv_bias", "swiglu", "squared_relu",
-    "openai_gelu", "quick_geglu", "untie_embeddings_and_output_weights", "qk_layernorm", "softmax_type",
-    "attention_output_gate", "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim",
-    "qk_pos_emb_head_dim", "v_head_dim", "mtp_num_layers", "mtp_use_repeated_layer", "num_experts",
-    "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+    "num_query_groups", "kv_channels", "position_embedding_type", "no_rope_freq",
+    "window_attn_skip_freq", "linear_attention_freq", "normalization", "add_bias_linear",
+    "add_qkv_bias", "swiglu", "squared_relu", "openai_gelu", "quick_geglu",
+    "untie_embeddings_and_output_weights", "qk_layernorm", "softmax_type", "attention_output_gate",
+    "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim",
+    "v_head_dim", "mtp_num_layers", "mtp_use_repeated_layer", "num_experts", "moe_layer_freq",
+    "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
     "moe_latent_size", "moe_router_topk", "moe_router_num_groups", "moe_router_group_topk",
     "moe_router_pre_softmax", "moe_router_score_function", "moe_router_enable_expert_bias",
     "moe_apply_probs_on_input",
 )  # fmt: skip
 
-# The base's unless the user says otherwise: what its function and its training depend on, and a forgotten option
-# would change silently.
+# The base's unless the user says otherwise: what its function and its training depend on, and a
+# forgotten option would change silently.
 INHERITED = (
     "seq_length", "max_position_embeddings", "rotary_base", "rotary_percent", "rotary_interleaved",
     "use_rope_scaling", "rope_scaling_factor", "yarn_beta_fast", "yarn_beta_slow",
-    "yarn_original_max_position_embeddings", "rotary_scaling_factor", "mscale", "mscale_all_dim", "window_size",
-    "layernorm_epsilon", "layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm",
-    "qk_l2_norm", "glu_linear_offset", "activation_func_clamp_value", "hidden_dropout", "attention_dropout",
-    "moe_router_topk_scaling_factor", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff",
-    "moe_router_bias_update_rate", "moe_expert_capacity_factor", "moe_token_drop_policy",
-    "moe_pad_expert_input_to_capacity", "moe_token_dispatcher_type", "moe_router_dtype",
-    "mtp_loss_scaling_factor", "calculate_per_token_loss", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
-    "seed", "padded_vocab_size",
+    "yarn_original_max_position_embeddings", "rotary_scaling_factor", "mscale", "mscale_all_dim",
+    "window_size", "layernorm_epsilon", "layernorm_zero_centered_gamma",
+    "apply_residual_connection_post_layernorm", "qk_l2_norm", "glu_linear_offset",
+    "activation_func_clamp_value", "hidden_dropout", "attention_dropout",
+    "moe_router_topk_scaling_factor", "moe_router_load_balancing_type", "moe_aux_loss_coeff",
+    "moe_z_loss_coeff", "moe_router_bias_update_rate", "moe_expert_capacity_factor",
+    "moe_token_drop_policy", "moe_pad_expert_input_to_capacity", "moe_token_dispatcher_type",
+    "moe_router_dtype", "mtp_loss_scaling_factor", "calculate_per_token_loss", "adam_beta1",
+    "adam_beta2", "adam_eps", "clip_grad", "seed", "padded_vocab_size",
 )  # fmt: skip
 
 # Options that only make sense together: the base's where the user gives none of a family.
 FAMILIES = (
     ("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_style",
-     "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples",
+     "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_warmup_fraction", "lr_warmup_iters",
+     "lr_warmup_samples",
      "lr_warmup_init"),
     ("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
-    ("tokenizer_type", "tokenizer_model", "vocab_size", "vocab_file", "merge_file", "make_vocab_size_divisible_by",
-     "tiktoken_pattern", "tiktoken_num_special_tokens", "special_tokens"),
+    ("tokenizer_type", "tokenizer_model", "vocab_size", "vocab_file", "merge_file",
+     "make_vocab_size_divisible_by", "tiktoken_pattern", "tiktoken_num_special_tokens",
+     "special_tokens"),
 )  # fmt: skip
 
 
@@ -71,7 +77,8 @@ def _actions() -> dict[str, argparse.Action]:
 
 
 def given_arguments(argv: Sequence[str]) -> dict[str, Any]:
-    """The Megatron arguments that a command line sets, parsed by Megatron's parser; its defaults are left out."""
+    """The Megatron arguments that a command line sets, parsed by Megatron's parser; its defaults
+    are left out."""
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
@@ -90,7 +97,8 @@ def completed(argv: Sequence[str], model: argparse.Namespace) -> list[str]:
 
     Args:
         argv: the user's command line.
-        model: Megatron's arguments of the model to be loaded, the grown one or that of the run's own checkpoint.
+        model: Megatron's arguments of the model to be loaded, the grown one or that of the run's
+            own checkpoint.
 
     Raises:
         ConfigError: the command line gives one that contradicts the model.
@@ -103,15 +111,21 @@ def completed(argv: Sequence[str], model: argparse.Namespace) -> list[str]:
     for family in FAMILIES:
         missing += [] if given.keys() & set(family) else family
     derived = _derived(model, given.get("tensor_model_parallel_size", 1))
-    return [*argv, *render({n: getattr(model, n) for n in missing if hasattr(model, n) and n not in derived})]
+    return [
+        *argv,
+        *render({n: getattr(model, n) for n in missing if hasattr(model, n) and n not in derived}),
+    ]
 
 
 def _derived(model: argparse.Namespace, tensor_parallel: int) -> set[str]:
     """Arguments that are better left to upstream to fill in."""
     derived = set()
-    if getattr(model, "weight_decay_incr_style", None) == "constant":  # validate_args refuses them beside it
+    if (
+        getattr(model, "weight_decay_incr_style", None) == "constant"
+    ):  # validate_args refuses them beside it
         derived |= {"start_weight_decay", "end_weight_decay"}
-    # The base's padding keeps the softmax as it was; upstream pads anew for each TP. Rows must split evenly, though.
+    # The base's padding keeps the softmax as it was; upstream pads anew for each TP. Rows must
+    # split evenly, though.
     if (getattr(model, "padded_vocab_size", None) or 0) % tensor_parallel:
         derived.add("padded_vocab_size")
     return derived
@@ -125,7 +139,8 @@ def _check_agrees(name: str, given: Any, planned: Any, num_layers: int) -> None:
     if not same:
         option = _option(name)
         raise ConfigError(
-            f"{option} {given!r} contradicts the checkpoint, which as it is loaded has {planned!r}; "
+            f"{option} {given!r} contradicts the checkpoint, which as it is loaded has "
+            f"{planned!r}; "
             f"leave {option} out, it is taken from the base and grown"
         )
 
@@ -151,7 +166,10 @@ def _words(action: argparse.Action, value: Any) -> Iterable[str]:
         return [option if value else option.replace("--", "--no-", 1)]
     if isinstance(value, bool):
         if action.const is not value:
-            raise ConfigError(f"no option of Megatron sets {action.dest} to {value!r}; the base cannot be described")
+            raise ConfigError(
+                f"no option of Megatron sets {action.dest} to {value!r}; the base cannot be "
+                "described"
+            )
         return [option]
     if action.nargs in ("+", "*"):
         return [option, *map(str, value if isinstance(value, list | tuple) else [value])]
@@ -167,6 +185,7 @@ def _long(options: Sequence[str]) -> str:
 
 
 def has_per_layer_keys(args: argparse.Namespace) -> bool:
-    """Whether upstream writes one checkpoint key for each layer (megatron/core/transformer/transformer_block.py)."""
+    """Whether upstream writes one checkpoint key for each layer
+    (megatron/core/transformer/transformer_block.py)."""
     flips = (getattr(args, name, None) for name in ("moe_layer_freq", "linear_attention_freq"))
     return any(isinstance(value, list) or (value or 0) > 1 for value in flips)

@@ -1,7 +1,9 @@
-"""The entry points' common frame: our own options, the CPU backend, the hook, and errors on one line.
+"""The entry points' common frame: our own options, the CPU backend, the hook, and errors on one
+line.
 
-    torchrun ... -m megatron_growth.pretrain --growth-config growth.yaml --load BASE --save RUN <Megatron arguments>
-    torchrun ... -m megatron_growth.run path/to/their_pretrain.py --growth-config growth.yaml <its arguments>
+torchrun ... -m megatron_growth.pretrain --growth-config growth.yaml --load BASE --save RUN
+<Megatron arguments> torchrun ... -m megatron_growth.run path/to/their_pretrain.py --growth-config
+growth.yaml <its arguments>
 """
 
 import argparse
@@ -65,8 +67,8 @@ def say(message: str) -> None:
 def one_line_errors() -> Iterator[None]:
     """End this rank with one line and exit code 2 on an error that the user can put right.
 
-    All ranks meet most errors alike. Rank 0 speaks; the others give it time, for the launcher ends every rank when the
-    first one fails. A rank that fails alone speaks for itself.
+    All ranks meet most errors alike. Rank 0 speaks; the others give it time, for the launcher ends
+    every rank when the first one fails. A rank that fails alone speaks for itself.
     """
     try:
         yield
@@ -78,7 +80,8 @@ def one_line_errors() -> Iterator[None]:
             time.sleep(_SECONDS_FOR_RANK_0)
         rank = "" if start.is_first_rank() else f" (rank {os.environ['RANK']})"
         print(f"megatron_growth: error{rank}: {cause}", file=sys.stderr, flush=True)
-        # Not sys.exit: Megatron's process groups and threads would be waited for, on ranks that never come.
+        # Not sys.exit: Megatron's process groups and threads would be waited for, on ranks that
+        # never come.
         os._exit(2)
 
 
@@ -95,5 +98,7 @@ def _own_options(argv: Sequence[str]) -> tuple[str, list[str]]:
     parser.add_argument("--growth-config")
     own, words = parser.parse_known_args(list(argv))
     if own.growth_config is None:
-        raise ConfigError("--growth-config FILE is missing; give the growth configuration, see configs/")
+        raise ConfigError(
+            "--growth-config FILE is missing; give the growth configuration, see configs/"
+        )
     return own.growth_config, words

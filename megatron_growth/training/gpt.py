@@ -114,7 +114,8 @@ def _validated(
         at = traceback.extract_tb(refusal.__traceback__)[-1]
         said = " ".join(str(refusal).split()) or at.line
         raise ConfigError(
-            f"Megatron refuses these arguments: {said} ({Path(at.filename).name}:{at.lineno}); change them"
+            f"Megatron refuses these arguments: {said} ({Path(at.filename).name}:{at.lineno}); "
+            "change them"
         ) from refusal
 
 

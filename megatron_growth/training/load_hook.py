@@ -1,9 +1,10 @@
 """The seam in Megatron: its own loader, reading the grown view instead of the base.
 
-`dist_checkpointing.load` takes no storage reader. It gets one from `_get_filesystem_reader`, defined in
-megatron/core/dist_checkpointing/strategies/torch.py and imported by name into dist_checkpointing/serialization.py;
-the `common.pt` of older checkpoints comes through `serialization.load_common`. Inside `growth_on_load` these three
-names answer for the source directory with the view, for every other directory as upstream does. They are the same in
+`dist_checkpointing.load` takes no storage reader. It gets one from `_get_filesystem_reader`,
+defined in megatron/core/dist_checkpointing/strategies/torch.py and imported by name into
+dist_checkpointing/serialization.py; the `common.pt` of older checkpoints comes through
+`serialization.load_common`. Inside `growth_on_load` these three names answer for the source
+directory with the view, for every other directory as upstream does. They are the same in
 megatron-core 0.17, 0.18 and 0.19.
 """
 
@@ -60,7 +61,11 @@ class _Seam:
     """What the wrapped names do. Each wrapper takes the original first."""
 
     def __init__(
-        self, source: Path, plan: GrowthPlan, settings: ContinueConfig, on_loaded: Callable[[], None]
+        self,
+        source: Path,
+        plan: GrowthPlan,
+        settings: ContinueConfig,
+        on_loaded: Callable[[], None],
     ) -> None:
         self._source = source
         self._plan = plan
@@ -69,7 +74,9 @@ class _Seam:
         self._reader: GrowthStorageReader | None = None
         self._adjust: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
-    def reader(self, original: Callable[..., Any], checkpoint_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def reader(
+        self, original: Callable[..., Any], checkpoint_dir: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
         """Wrap whatever reader upstream chose (torch's, a caching one, one for object stores)."""
         base = original(checkpoint_dir, *args, **kwargs)
         if Path(checkpoint_dir).resolve() != self._source:
@@ -80,21 +87,30 @@ class _Seam:
             )
         return self._reader
 
-    def common(self, original: Callable[..., Any], checkpoint_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def common(
+        self, original: Callable[..., Any], checkpoint_dir: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
         state = original(checkpoint_dir, *args, **kwargs)
         if Path(checkpoint_dir).resolve() != self._source:
             return state
         return self._adjust(grown_common_state(state, self._plan))
 
     def checkpoint(
-        self, original: Callable[..., Any], model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any
+        self,
+        original: Callable[..., Any],
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """The load itself: now the run's optimizer and schedule are known."""
         self._adjust = lambda state: continued(state, self._settings, optimizer, scheduler)
         result = original(model, optimizer, scheduler, *args, **kwargs)
         if self._reader is None:
             raise CheckpointError(
-                f"Megatron loaded its checkpoint past the growth of {str(self._source)!r}: nothing has grown; "
+                f"Megatron loaded its checkpoint past the growth of {str(self._source)!r}: nothing "
+                "has grown; "
                 "use --ckpt-format torch_dist and leave --load to the growth configuration"
             )
         if self._plan.optimizer == "reset" and scheduler is not None:
@@ -105,13 +121,21 @@ class _Seam:
         return result
 
 
-def _strictly(original: Callable[..., Any], module: torch.nn.Module, state: Any, *args: Any, **kwargs: Any) -> Any:
-    """Upstream repeats a strict load that failed as a lax one, and only prints what it lacked; we raise.
+def _strictly(
+    original: Callable[..., Any], module: torch.nn.Module, state: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Upstream repeats a strict load that failed as a lax one, and only prints what it lacked; we
+    raise.
 
-    Upstream: `load_model_state_dict` in megatron/training/checkpointing.py. Extra state is what that fallback is for.
+    Upstream: `load_model_state_dict` in megatron/training/checkpointing.py. Extra state is what
+        that fallback is for.
     """
     result = original(module, state, *args, **kwargs)
-    lost = [key for key in (*result.missing_keys, *result.unexpected_keys) if not key.endswith("_extra_state")]
+    lost = [
+        key
+        for key in (*result.missing_keys, *result.unexpected_keys)
+        if not key.endswith("_extra_state")
+    ]
     if lost:
         raise CheckpointError(
             f"the model and the grown checkpoint disagree on {len(lost)} tensors, {lost[0]} first; "
@@ -126,7 +150,8 @@ def _wrapped(owner: ModuleType | type, name: str, wrapper: Callable[..., Any]) -
     original = getattr(owner, name, None)
     if original is None:
         raise GrowthError(
-            f"{owner.__name__} has no {name}: growth at load needs megatron-core 0.17 to 0.19; install 0.19"
+            f"{owner.__name__} has no {name}: growth at load needs megatron-core 0.17 to 0.19; "
+            "install 0.19"
         )
 
     def replacement(*args: Any, **kwargs: Any) -> Any:

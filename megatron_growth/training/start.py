@@ -1,7 +1,7 @@
 """How a run starts: from the grown base the first time, from its own checkpoint ever after.
 
-A requeued job is started with the same command line. It must neither grow twice nor begin again at the base, so what
-happens is decided by what `--save` holds, and said in the log.
+A requeued job is started with the same command line. It must neither grow twice nor begin again at
+the base, so what happens is decided by what `--save` holds, and said in the log.
 """
 
 import os
@@ -21,8 +21,14 @@ from megatron_growth.planning.plan import GrowthPlan
 from megatron_growth.planning.rules import read_router
 from megatron_growth.training import arguments
 
-# What a user may say for the load of the base alone, and must not hold for a resume: option -> does it take a value.
-_FIRST_LOAD_ONLY = {"--finetune": False, "--no-load-optim": False, "--no-load-rng": False, "--ckpt-step": True}
+# What a user may say for the load of the base alone, and must not hold for a resume: option -> does
+# it take a value.
+_FIRST_LOAD_ONLY = {
+    "--finetune": False,
+    "--no-load-optim": False,
+    "--no-load-rng": False,
+    "--ckpt-step": True,
+}
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,14 @@ def decide(config: ExperimentConfig, argv: Sequence[str]) -> Start:
         raise ConfigError("no base to grow: give --load DIR or `base.load` in the configuration")
     if save is not None and Path(save).resolve() == Path(load).resolve():
         raise ConfigError(
-            f"--load and --save are the same directory {str(save)!r}; the base is never written to: "
+            f"--load and --save are the same directory {str(save)!r}; the base is never written "
+            "to: "
             "give the run a directory of its own"
         )
     if given.get("ckpt_format", "torch_dist") != "torch_dist":
         raise ConfigError(
-            f"--ckpt-format {given['ckpt_format']!r} does not load through the growth view; use torch_dist"
+            f"--ckpt-format {given['ckpt_format']!r} does not load through the growth view; use "
+            "torch_dist"
         )
     words = [*argv, *_schedule(config.continue_, given)]
     if save is not None and (Path(save) / TRACKER).is_file():
@@ -79,7 +87,8 @@ def _resume(growth: GrowthConfig, argv: Sequence[str], save: Path) -> Start:
     written = manifest.read(save)
     if written is not None and written["growth"] != growth.model_dump(mode="json"):
         raise ConfigError(
-            f"{str(save)!r} holds a run grown by another configuration (see {manifest.MANIFEST} there); "
+            f"{str(save)!r} holds a run grown by another configuration (see {manifest.MANIFEST} "
+            "there); "
             "give --save a new directory, or the configuration it was grown by"
         )
     directory = iteration_directory(save)
@@ -89,7 +98,9 @@ def _resume(growth: GrowthConfig, argv: Sequence[str], save: Path) -> Start:
     return Start([*words, "--load", str(save)], None, None, None, message)
 
 
-def _grow(config: ExperimentConfig, argv: Sequence[str], given: dict[str, Any], load: Path) -> Start:
+def _grow(
+    config: ExperimentConfig, argv: Sequence[str], given: dict[str, Any], load: Path
+) -> Start:
     iteration = given.get("ckpt_step", config.base.iteration)
     directory = iteration_directory(load, iteration)
     source = SourceCheckpoint(directory, weights_only=config.growth.optimizer == "reset")
@@ -97,7 +108,9 @@ def _grow(config: ExperimentConfig, argv: Sequence[str], given: dict[str, Any], 
     plan = plan_for(source, config.growth)
     plan = _in_target_form(config.growth, source, plan, given)
     source.tensors, source.objects  # noqa: B018  every key known, every tensor whole, before anything starts
-    words = arguments.completed(_without(argv, {"--load": True, "--ckpt-step": True}), grown_args(args, plan))
+    words = arguments.completed(
+        _without(argv, {"--load": True, "--ckpt-step": True}), grown_args(args, plan)
+    )
     _check_experts_divide(given, plan)
     words += ["--load", str(load)]
     if iteration != "latest":
@@ -111,10 +124,14 @@ def _grow(config: ExperimentConfig, argv: Sequence[str], given: dict[str, Any], 
         f"plan {plan.fingerprint[:12]}"
     )
     message += "".join(f"\n  {line}" for line in _router_notes(config.growth, source, given))
-    return Start(words, directory, plan, manifest.describe(source, load, config.growth, plan), message)
+    return Start(
+        words, directory, plan, manifest.describe(source, load, config.growth, plan), message
+    )
 
 
-def _router_notes(growth: GrowthConfig, source: SourceCheckpoint, given: dict[str, Any]) -> list[str]:
+def _router_notes(
+    growth: GrowthConfig, source: SourceCheckpoint, given: dict[str, Any]
+) -> list[str]:
     """What the rules say of the router; one who gives an argument needs no advice on it."""
     grown = router_growth(growth, source.architecture, read_router(source.args))
     notes = grown.notes if grown else ()
@@ -136,7 +153,8 @@ def _schedule(settings: ContinueConfig, given: dict[str, Any]) -> list[str]:
     clash = next((name for name in values if name in given and given[name] != values[name]), None)
     if clash:
         raise ConfigError(
-            f"--{clash.replace('_', '-')} {given[clash]!r} contradicts continue.learning_rate in the configuration, "
+            f"--{clash.replace('_', '-')} {given[clash]!r} contradicts continue.learning_rate in "
+            "the configuration, "
             f"which sets {values[clash]!r}; say it in one place"
         )
     return arguments.render({name: value for name, value in values.items() if name not in given})
@@ -145,7 +163,8 @@ def _schedule(settings: ContinueConfig, given: dict[str, Any]) -> list[str]:
 def _in_target_form(
     growth: GrowthConfig, source: SourceCheckpoint, plan: GrowthPlan, given: dict[str, Any]
 ) -> GrowthPlan:
-    """The grown model's key form follows the run's arguments: a list of MoE layers gives one key for each layer."""
+    """The grown model's key form follows the run's arguments: a list of MoE layers gives one key
+    for each layer."""
     target = grown_args(source.args, plan)
     for name in ("moe_layer_freq", "linear_attention_freq"):
         if name in given:
@@ -154,14 +173,19 @@ def _in_target_form(
     if form == plan.target.key_form:
         return plan
     return build_plan(
-        growth, source.architecture, masters=source.masters, target_form=form, router=read_router(source.args)
+        growth,
+        source.architecture,
+        masters=source.masters,
+        target_form=form,
+        router=read_router(source.args),
     )
 
 
 def _args(source: SourceCheckpoint) -> Any:
     if source.args is None:
         raise CheckpointError(
-            f"checkpoint {str(source.directory)!r} has no Megatron arguments, so the model is not known; "
+            f"checkpoint {str(source.directory)!r} has no Megatron arguments, so the model is not "
+            "known; "
             "use a checkpoint that Megatron's training saved"
         )
     return source.args
@@ -171,7 +195,8 @@ def _check_experts_divide(given: dict[str, Any], plan: GrowthPlan) -> None:
     parallel = given.get("expert_model_parallel_size", 1)
     if plan.target.num_experts % parallel:
         raise ConfigError(
-            f"expert_model_parallel_size ({parallel}) must divide num_experts ({plan.target.num_experts}); "
+            f"expert_model_parallel_size ({parallel}) must divide num_experts "
+            f"({plan.target.num_experts}); "
             "choose another layout or width factor"
         )
 

@@ -1,7 +1,9 @@
-"""Tiny base checkpoints, as Megatron writes them: keys, shapes, chunk grid, objects and common state.
+"""Tiny base checkpoints, as Megatron writes them: keys, shapes, chunk grid, objects and common
+state.
 
-A `Model` says what is in the checkpoint; `tensors` and `objects` are its contents, every value different;
-`save` writes them through torch's own DCP writer, cut into whatever chunks are asked for, over several files.
+A `Model` says what is in the checkpoint; `tensors` and `objects` are its contents, every value
+different; `save` writes them through torch's own DCP writer, cut into whatever chunks are asked
+for, over several files.
 """
 
 import io
@@ -16,7 +18,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 Shape = tuple[int, ...]
@@ -34,7 +40,8 @@ class Model:
 
     Attributes:
         layers, experts, hidden, ffn, vocab: sizes; no experts makes a dense model.
-        dense: layers that are dense in a MoE model; their presence makes the keys per-layer, as in Megatron.
+        dense: layers that are dense in a MoE model; their presence makes the keys per-layer, as in
+            Megatron.
         stacked: whether layers are stacked.
         dtype: of the weights.
         states: optimizer states, all fp32.
@@ -58,12 +65,15 @@ class Model:
             encoder_num_layers=self.layers,
             num_experts=self.experts or None,
             moe_router_topk=2,
-            moe_layer_freq=1 if self.stacked else [int(i not in self.dense) for i in range(self.layers)],
+            moe_layer_freq=1
+            if self.stacked
+            else [int(i not in self.dense) for i in range(self.layers)],
             hidden_size=self.hidden,
         )
 
 
-# -- contents ------------------------------------------------------------------------------------------------
+# -- contents
+# ------------------------------------------------------------------------------------------------
 
 
 def _attention(m: Model) -> dict[str, Shape]:
@@ -115,14 +125,20 @@ def shapes(m: Model) -> dict[str, Shape]:
             layer = _attention(m) | (_dense(m) if i in m.dense or not m.experts else _moe(m))
             found |= {f"decoder.layers.{i}.{name}": shape for name, shape in layer.items()}
     if m.mtp and m.experts:
-        found |= {f"mtp.layers.0.transformer_layer.{n}": s for n, s in (_attention(m) | _moe(m)).items()}
-        norms = {f"mtp.layers.0.{name}.weight": (m.hidden,) for name in ("enorm", "hnorm", "final_layernorm")}
+        found |= {
+            f"mtp.layers.0.transformer_layer.{n}": s for n, s in (_attention(m) | _moe(m)).items()
+        }
+        norms = {
+            f"mtp.layers.0.{name}.weight": (m.hidden,)
+            for name in ("enorm", "hnorm", "final_layernorm")
+        }
         found |= {"mtp.layers.0.eh_proj.weight": (m.hidden, 2 * m.hidden), **norms}
     return found
 
 
 def tensors(m: Model, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The checkpoint's tensors: each (layer, expert) on a scale of its own, weights cast from masters."""
+    """The checkpoint's tensors: each (layer, expert) on a scale of its own, weights cast from
+    masters."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, torch.Tensor] = {}
     for key, shape in shapes(m).items():
@@ -131,7 +147,9 @@ def tensors(m: Model, seed: int = 0) -> dict[str, torch.Tensor]:
         found[key] = exact if is_buffer else exact.to(m.dtype)
         for state in () if is_buffer else m.states:
             fresh = exact if state in ("param", "fp32_param") else _values(shape, generator)
-            found[f"optimizer.state.{state}.{key}"] = fresh.square() if state == "exp_avg_sq" else fresh
+            found[f"optimizer.state.{state}.{key}"] = (
+                fresh.square() if state == "exp_avg_sq" else fresh
+            )
     return found
 
 
@@ -144,16 +162,25 @@ def _values(shape: Shape, generator: torch.Generator) -> torch.Tensor:
 
 
 def objects(m: Model) -> dict[str, Any]:
-    """The checkpoint's objects; each extra state names its own key, so that none can pass for another."""
+    """The checkpoint's objects; each extra state names its own key, so that none can pass for
+    another."""
     found: dict[str, Any] = {
         COMMON_STATE: [
-            {"args": m.args, "iteration": 7, "checkpoint_version": 3.0, "optimizer": {"param_groups": [1]}}
+            {
+                "args": m.args,
+                "iteration": 7,
+                "checkpoint_version": 3.0,
+                "optimizer": {"param_groups": [1]},
+            }
         ],
         "rng_state/shard_0.0_1.1": ["rng"],
         "rerun_state_machine_state/shard_0_1": {"mode": 1},
         "output_layer._extra_state/shard_0_1": b"head",
     }
-    qkv, experts = "self_attention.linear_qkv._extra_state", "mlp.experts.experts.linear_fc1._extra_state"
+    qkv, experts = (
+        "self_attention.linear_qkv._extra_state",
+        "mlp.experts.experts.linear_fc1._extra_state",
+    )
     keys = []
     for i in range(m.layers):
         keys.append(
@@ -162,12 +189,19 @@ def objects(m: Model) -> dict[str, Any]:
             else f"decoder.layers.{i}.{qkv}/shard_0_1"
         )
         for e in range(0 if i in m.dense else m.experts):
-            grid = f"shard_{i}.{e}_{m.layers}.{m.experts}" if m.stacked else f"shard_{e}_{m.experts}"
+            grid = (
+                f"shard_{i}.{e}_{m.layers}.{m.experts}" if m.stacked else f"shard_{e}_{m.experts}"
+            )
             keys.append(
-                f"decoder.layers.{experts}/{grid}" if m.stacked else f"decoder.layers.{i}.{experts}/{grid}"
+                f"decoder.layers.{experts}/{grid}"
+                if m.stacked
+                else f"decoder.layers.{i}.{experts}/{grid}"
             )
     if m.mtp and m.experts:
-        keys += [f"mtp.layers.0.transformer_layer.{experts}/shard_{e}_{m.experts}" for e in range(m.experts)]
+        keys += [
+            f"mtp.layers.0.transformer_layer.{experts}/shard_{e}_{m.experts}"
+            for e in range(m.experts)
+        ]
         keys += [
             f"mtp.layers.0.transformer_layer.{qkv}/shard_0_1",
             "mtp.layers.0.eh_proj._extra_state/shard_0_1",
@@ -175,7 +209,8 @@ def objects(m: Model) -> dict[str, Any]:
     return found | {key: {"of": key} for key in keys}
 
 
-# -- chunk grids ---------------------------------------------------------------------------------------------
+# -- chunk grids
+# ---------------------------------------------------------------------------------------------
 
 
 def whole(key: str, shape: Shape) -> Cuts:
@@ -184,7 +219,8 @@ def whole(key: str, shape: Shape) -> Cuts:
 
 
 def megatron(tp: int = 2) -> Callable[[str, Shape], Cuts]:
-    """As Megatron saves: one chunk for each (layer, expert, gate or up half, tensor-parallel shard)."""
+    """As Megatron saves: one chunk for each (layer, expert, gate or up half, tensor-parallel
+    shard)."""
 
     def cuts(key: str, shape: Shape) -> Cuts:
         grid = [[0, n] for n in shape]
@@ -212,7 +248,8 @@ def megatron(tp: int = 2) -> Callable[[str, Shape], Cuts]:
 
 
 def every(sizes: Sequence[int]) -> Callable[[str, Shape], Cuts]:
-    """Chunks of at most so many along each axis, the last entry for all further axes: uneven remainders."""
+    """Chunks of at most so many along each axis, the last entry for all further axes: uneven
+    remainders."""
 
     def cuts(key: str, shape: Shape) -> Cuts:
         steps = [sizes[min(axis, len(sizes) - 1)] for axis in range(len(shape))]
@@ -225,7 +262,8 @@ def _even(length: int, parts: int) -> list[int]:
     return sorted({i * length // parts for i in range(parts + 1)})
 
 
-# -- writing -------------------------------------------------------------------------------------------------
+# -- writing
+# -------------------------------------------------------------------------------------------------
 
 
 class _ChunkPlanner(DefaultSavePlanner):
@@ -247,9 +285,13 @@ class _ChunkPlanner(DefaultSavePlanner):
         for box in product(*(list(pairwise(cuts)) for cuts in self._grid(key, tuple(value.shape)))):
             offsets, sizes = torch.Size(a for a, _ in box), torch.Size(b - a for a, b in box)
             data = TensorWriteData(
-                ChunkStorageMetadata(offsets, sizes), TensorProperties.create_from_tensor(value), value.size()
+                ChunkStorageMetadata(offsets, sizes),
+                TensorProperties.create_from_tensor(value),
+                value.size(),
             )
-            items.append(WriteItem(MetadataIndex(key, offsets), WriteItemType.SHARD, tensor_data=data))
+            items.append(
+                WriteItem(MetadataIndex(key, offsets), WriteItemType.SHARD, tensor_data=data)
+            )
         return items
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:

@@ -1,4 +1,5 @@
-"""Quiet and quick: DCP logs every step at debug level, and threads only slow down tensors this small."""
+"""Quiet and quick: DCP logs every step at debug level, and threads only slow down tensors this
+small."""
 
 import logging
 

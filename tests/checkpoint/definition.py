@@ -1,9 +1,10 @@
-"""The definition of a grown checkpoint, by the shortest route that is plainly right: whole tensors and loops.
+"""The definition of a grown checkpoint, by the shortest route that is plainly right: whole tensors
+and loops.
 
-For each target layer, take its source layer; for each target expert, its source expert; add what the
-definition of noise says, element by element. Nothing here knows of boxes, chunks or readers, and nothing
-comes from the package: Philox runs on Python's integers, sigma on fractions. The view must equal this bit
-for bit.
+For each target layer, take its source layer; for each target expert, its source expert; add what
+the definition of noise says, element by element. Nothing here knows of boxes, chunks or readers,
+and nothing comes from the package: Philox runs on Python's integers, sigma on fractions. The view
+must equal this bit for bit.
 """
 
 import hashlib
@@ -34,6 +35,7 @@ RESIDUAL_OUTPUTS = (
     "mlp.shared_experts.linear_fc2.weight",
     "mlp.experts.experts.linear_fc2.weight",
     "mlp.experts.experts.linear_fc2.bias",
+    "mlp.fc2_latent_proj.bias",
 )
 MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
 MASTERS = ("param", "fp32_param")
@@ -74,7 +76,7 @@ def appended(num_experts: int, factor: int) -> tuple[tuple[int, int], ...]:
     return tuple((expert, clone) for clone in range(factor) for expert in range(num_experts))
 
 
-# -- tensors -------------------------------------------------------------------------------------------------
+# -- tensors ---------------------------------------------------------------------------------------
 
 
 def grown_tensors(base: Tensors, growth: Growth) -> Tensors:
@@ -86,7 +88,8 @@ def grown_tensors(base: Tensors, growth: Growth) -> Tensors:
         if state and growth.optimizer == "reset":
             continue
         masters = next(
-            (apart[m, name] for m in MASTERS if (m, name) in apart and growth.optimizer != "reset"), {}
+            (apart[m, name] for m in MASTERS if (m, name) in apart and growth.optimizer != "reset"),
+            {},
         )
         prefix = f"optimizer.state.{state}." if state else ""
         if None in layers:  # no layer of the decoder: outside, or of an MTP module
@@ -96,7 +99,9 @@ def grown_tensors(base: Tensors, growth: Growth) -> Tensors:
             if source not in layers:  # a dense layer has no router, a MoE layer no dense projection
                 continue
             is_copy = source in growth.layers[:target]
-            tensor = _layer(state, name, layers[source], masters.get(source), growth, target, is_copy)
+            tensor = _layer(
+                state, name, layers[source], masters.get(source), growth, target, is_copy
+            )
             if growth.stacked:
                 stacks[f"{prefix}decoder.layers.{name}"].append(tensor)
             else:
@@ -179,7 +184,7 @@ def _noisy(tensor: torch.Tensor, scale: float, stream: str) -> torch.Tensor:
     return tensor.float() + torch.tensor(scale, dtype=torch.float32) * z
 
 
-# -- objects -------------------------------------------------------------------------------------------------
+# -- objects ---------------------------------------------------------------------------------------
 
 
 def grown_objects(
@@ -226,10 +231,12 @@ def grown_objects(
     return grown
 
 
-# -- noise ---------------------------------------------------------------------------------------------------
+# -- noise -----------------------------------------------------------------------------------------
 
 
-def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+def philox4x32_10(
+    counter: tuple[int, int, int, int], key: tuple[int, int]
+) -> tuple[int, int, int, int]:
     """Salmon et al., SC 2011: ten rounds on four 32-bit words, on Python's integers."""
     (a, b, c, d), (k0, k1) = counter, key
     for _ in range(10):
@@ -263,7 +270,7 @@ def _normals(stream: str) -> Iterator[float]:
         counter += 1
 
 
-# -- sigma ---------------------------------------------------------------------------------------------------
+# -- sigma -----------------------------------------------------------------------------------------
 
 
 def sigma(tensor: torch.Tensor) -> float:

@@ -1,4 +1,5 @@
-"""Loading through a storage reader: a whole checkpoint as DCP does it, or any boxes in any order."""
+"""Loading through a storage reader: a whole checkpoint as DCP does it, or any boxes in any
+order."""
 
 import io
 from collections import Counter
@@ -23,7 +24,9 @@ def load_all(reader: StorageReader) -> tuple[dict[str, torch.Tensor], dict[str, 
     for key, entry in reader.read_metadata().state_dict_metadata.items():
         is_tensor = isinstance(entry, TensorStorageMetadata)
         state[key] = (
-            torch.full(entry.size, SENTINEL, dtype=entry.properties.dtype) if is_tensor else io.BytesIO()
+            torch.full(entry.size, SENTINEL, dtype=entry.properties.dtype)
+            if is_tensor
+            else io.BytesIO()
         )
     dcp.load(state, storage_reader=reader, planner=_planner(), no_dist=True)
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
@@ -37,14 +40,16 @@ def _planner() -> dcp.DefaultLoadPlanner:
 def load_tensors(reader: StorageReader, *keys: str) -> list[torch.Tensor]:
     entries = reader.read_metadata().state_dict_metadata
     state = {
-        key: torch.full(entries[key].size, SENTINEL, dtype=entries[key].properties.dtype) for key in keys
+        key: torch.full(entries[key].size, SENTINEL, dtype=entries[key].properties.dtype)
+        for key in keys
     }  # type: ignore[union-attr]
     dcp.load(state, storage_reader=reader, planner=_planner(), no_dist=True)
     return [state[key] for key in keys]
 
 
 def load_boxes(reader: StorageReader, boxes: Boxes, shuffle: Any = None) -> list[torch.Tensor]:
-    """Boxes of tensors, all in one call of `read_data`, as a loader with a layout of its own would ask.
+    """Boxes of tensors, all in one call of `read_data`, as a loader with a layout of its own would
+    ask.
 
     Args:
         reader: set up here with its own metadata.
@@ -99,7 +104,9 @@ class _BoxPlanner(LoadPlanner):
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         assert read_item.dest_index.index is not None
         tensor = self.memory[read_item.dest_index.index]
-        for axis, (offset, size) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+        for axis, (offset, size) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
             tensor = tensor.narrow(axis, offset, size)
         return tensor
 

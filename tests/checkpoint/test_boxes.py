@@ -20,7 +20,9 @@ from tests.checkpoint.definition import Growth, appended, interleaved
 from tests.checkpoint.loading import RecordingReader, load_boxes
 
 QUICK = settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 PROJECTION = "self_attention.linear_proj.weight"
 NAMES = (FC1, FC2, ROUTER, PROJECTION)
@@ -52,7 +54,9 @@ class _Base:
                 if self.masters:
                     self.tensors[f"optimizer.state.param.{key}"] = master
                     self.tensors[f"optimizer.state.exp_avg_sq.{key}"] = master.square()
-        self.cuts = {key: [draw(_cuts(n)) for n in tensor.shape] for key, tensor in self.tensors.items()}
+        self.cuts = {
+            key: [draw(_cuts(n)) for n in tensor.shape] for key, tensor in self.tensors.items()
+        }
 
     def grid(self, key: str, shape: Shape) -> Cuts:
         return self.cuts[key]
@@ -68,7 +72,9 @@ def _growth(draw: Any, base: _Base) -> tuple[GrowthConfig, Growth]:
     """A random growth of the base, as configuration and written out."""
     wide = base.experts > 0 and draw(st.booleans())
     extra = draw(st.lists(st.integers(0, base.layers - 1), min_size=0 if wide else 1, max_size=4))
-    layers = draw(st.permutations([*range(base.layers), *extra])) if extra else list(range(base.layers))
+    layers = (
+        draw(st.permutations([*range(base.layers), *extra])) if extra else list(range(base.layers))
+    )
     factor = draw(st.integers(2, 3)) if wide else 1
     order = draw(st.sampled_from(["interleave", "append"]))
     optimizer = draw(st.sampled_from(["rescale", "copy", "reset"]))
@@ -78,7 +84,11 @@ def _growth(draw: Any, base: _Base) -> tuple[GrowthConfig, Growth]:
         init = "zero_output" if zero else "copy"
         config["depth"] = {"method": "map", "map": layers, "new_layer_init": init}
     if wide:
-        config["width"] = {"factor": factor, "order": order, "noise": {"experts": 0.1, "router": 0.2}}
+        config["width"] = {
+            "factor": factor,
+            "order": order,
+            "noise": {"experts": 0.1, "router": 0.2},
+        }
     experts = (interleaved if order == "interleave" else appended)(base.experts, factor)
     growth = Growth(
         tuple(layers),
@@ -96,7 +106,9 @@ def _boxes(draw: Any, want: dict[str, torch.Tensor]) -> list[tuple[str, Shape, S
     boxes = []
     for key in draw(st.lists(st.sampled_from(sorted(want)), min_size=1, max_size=4)):
         low = tuple(draw(st.integers(0, n - 1)) for n in want[key].shape)
-        sizes = tuple(draw(st.integers(1, n - a)) for n, a in zip(want[key].shape, low, strict=True))
+        sizes = tuple(
+            draw(st.integers(1, n - a)) for n, a in zip(want[key].shape, low, strict=True)
+        )
         boxes.append((key, low, sizes))
     return boxes
 
@@ -107,7 +119,9 @@ def _slice(tensor: torch.Tensor, offsets: Shape, sizes: Shape) -> torch.Tensor:
 
 @QUICK
 @given(st.data())
-def test_any_box_of_any_growth_equals_the_definition_and_no_chunk_is_read_twice(data: st.DataObject) -> None:
+def test_any_box_of_any_growth_equals_the_definition_and_no_chunk_is_read_twice(
+    data: st.DataObject,
+) -> None:
     base = _Base(data.draw)
     config, growth = _growth(data.draw, base)
     want = definition.grown_tensors(base.tensors, growth)
@@ -132,7 +146,9 @@ def test_any_box_of_any_growth_equals_the_definition_and_no_chunk_is_read_twice(
 
 
 @pytest.mark.parametrize("form", ["stacked", "per_layer"])
-def test_reading_everything_reads_each_chunk_of_the_weights_exactly_once(tmp_path: Path, form: str) -> None:
+def test_reading_everything_reads_each_chunk_of_the_weights_exactly_once(
+    tmp_path: Path, form: str
+) -> None:
     model = bases.Model(layers=2, experts=2, stacked=form == "stacked", states=("exp_avg",))
     tensors = bases.tensors(model)
     bases.save(tmp_path, tensors, bases.megatron())
@@ -141,10 +157,14 @@ def test_reading_everything_reads_each_chunk_of_the_weights_exactly_once(tmp_pat
     reader = GrowthStorageReader(tmp_path, config, base=recorder)
     shapes = reader.view.shapes
     load_boxes(
-        reader, [(key, (0,) * len(shape), shape) for key, shape in shapes.items()], random.Random(1).shuffle
+        reader,
+        [(key, (0,) * len(shape), shape) for key, shape in shapes.items()],
+        random.Random(1).shuffle,
     )
     read = [(index.fqn, index.offset) for call in recorder.calls for index in call]
-    saved = [(key, c.offsets) for key, t in reader.source.tensors.items() for c in t.metadata.chunks]
+    saved = [
+        (key, c.offsets) for key, t in reader.source.tensors.items() for c in t.metadata.chunks
+    ]
     assert sorted(read, key=str) == sorted(saved, key=str)
     assert len(saved) > len(tensors)
 
@@ -156,10 +176,16 @@ def test_a_small_box_reads_only_the_chunks_that_it_needs(tmp_path: Path) -> None
     reader = GrowthStorageReader(
         tmp_path, GrowthConfig.model_validate({"depth": {}, "width": {}}), base=recorder
     )
-    load_boxes(reader, [(key, (5, 2, 0, 0), (1, 1, 1, 4))])  # an original: one row of one shard of one expert
-    assert [(i.fqn, tuple(i.offset or ())) for call in recorder.calls for i in call] == [(key, (2, 1, 0, 0))]
+    load_boxes(
+        reader, [(key, (5, 2, 0, 0), (1, 1, 1, 4))]
+    )  # an original: one row of one shard of one expert
+    assert [(i.fqn, tuple(i.offset or ())) for call in recorder.calls for i in call] == [
+        (key, (2, 1, 0, 0))
+    ]
     recorder.calls.clear()
-    load_boxes(reader, [(key, (5, 3, 0, 0), (1, 1, 1, 4))])  # its clone: sigma wants the whole projection
+    load_boxes(
+        reader, [(key, (5, 3, 0, 0), (1, 1, 1, 4))]
+    )  # its clone: sigma wants the whole projection
     read = [tuple(i.offset or ()) for call in recorder.calls for i in call]
     assert sorted(read) == [(2, 1, row, 0) for row in (0, 2, 4, 6)]
 
@@ -171,10 +197,14 @@ def test_chunks_are_read_in_the_order_in_which_they_lie_on_disk(
     monkeypatch.setattr(fanout, "BATCH_BYTES", batch)
     bases.save(tmp_path, bases.tensors(bases.Model()), bases.megatron())
     recorder = RecordingReader(tmp_path)
-    reader = GrowthStorageReader(tmp_path, GrowthConfig.model_validate({"depth": {}}), base=recorder)
+    reader = GrowthStorageReader(
+        tmp_path, GrowthConfig.model_validate({"depth": {}}), base=recorder
+    )
     boxes = [(key, (0,) * len(shape), shape) for key, shape in reader.view.shapes.items()]
     load_boxes(reader, boxes, random.Random(2).shuffle)
-    infos = [reader.source.metadata.storage_data[index] for call in recorder.calls for index in call]
+    infos = [
+        reader.source.metadata.storage_data[index] for call in recorder.calls for index in call
+    ]
     places = [(info.relative_path, info.offset) for info in infos]
     assert places == sorted(places)
     assert len({name for name, _ in places}) == 3

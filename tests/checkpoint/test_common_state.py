@@ -1,4 +1,5 @@
-"""Megatron's arguments after growth: every one that counts layers, experts or lists layers, and no other."""
+"""Megatron's arguments after growth: every one that counts layers, experts or lists layers, and no
+other."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -6,7 +7,11 @@ from dataclasses import replace
 import pytest
 
 from megatron_growth import GrowthConfig
-from megatron_growth.checkpoint.common_state import architecture_changes, grown_args, grown_common_state
+from megatron_growth.checkpoint.common_state import (
+    architecture_changes,
+    grown_args,
+    grown_common_state,
+)
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.plan import Architecture, GrowthPlan
 
@@ -57,8 +62,8 @@ def test_a_list_that_names_every_layer_follows_the_layer_map(name: str) -> None:
     assert name not in _changes(_plan(width={}), **{name: [5, 6, 7, 8]})
 
 
-# Argument, its integer, and what that makes of the grown model's eight layers: upstream's formula for the
-# base's four, worked out by hand, each twice.
+# Argument, its integer, and what that makes of the grown model's eight layers: upstream's formula
+# for the base's four, worked out by hand, each twice.
 PATTERNS = [
     ("moe_layer_freq", 2, [1, 1, 0, 0, 1, 1, 0, 0]),
     ("window_attn_skip_freq", 2, [1, 1, 0, 0, 1, 1, 0, 0]),
@@ -99,7 +104,12 @@ def test_arguments_that_an_older_base_lacks_are_not_made_up() -> None:
 
 def test_arguments_that_the_plan_names_are_set() -> None:
     plan = replace(_plan(width={}), arguments=(("moe_router_num_groups", 8), ("lr", 2.0)))
-    assert _changes(plan) == {"num_experts": 16, "moe_router_topk": 4, "moe_router_num_groups": 8, "lr": 2.0}
+    assert _changes(plan) == {
+        "num_experts": 16,
+        "moe_router_topk": 4,
+        "moe_router_num_groups": 8,
+        "lr": 2.0,
+    }
 
 
 def test_what_is_beside_the_arguments_stays() -> None:

@@ -1,4 +1,5 @@
-"""The noise: Philox against published vectors, streams against the definition, slices against the whole."""
+"""The noise: Philox against published vectors, streams against the definition, slices against the
+whole."""
 
 from pathlib import Path
 
@@ -42,9 +43,14 @@ def test_philox_gives_the_published_words() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4), st.integers(0, 2**64 - 1))
-def test_philox_equals_the_definition_for_any_counter_and_key(counters: list[int], key: int) -> None:
+def test_philox_equals_the_definition_for_any_counter_and_key(
+    counters: list[int], key: int
+) -> None:
     got = philox(np.array(counters, dtype=np.uint64), key)
-    words = [definition.philox4x32_10((c & ONES, c >> 32, 0, 0), (key & ONES, key >> 32)) for c in counters]
+    words = [
+        definition.philox4x32_10((c & ONES, c >> 32, 0, 0), (key & ONES, key >> 32))
+        for c in counters
+    ]
     assert got.tolist() == [list(w) for w in words]
 
 
@@ -72,7 +78,8 @@ def test_a_stream_equals_the_definition(stream: Stream, text: str) -> None:
 
 
 def test_a_stream_is_what_it_was() -> None:
-    """Pinned: another value is another STREAM_VERSION, and old manifests no longer remake their model."""
+    """Pinned: another value is another STREAM_VERSION, and old manifests no longer remake their
+    model."""
     assert stream_key(STREAM) == 0x6025BA489B42E562
     assert normals(stream_key(STREAM), 0, 3).tolist() == [
         -0.46122846007347107,
@@ -102,7 +109,9 @@ def test_a_stream_goes_on_beyond_2_to_the_35_elements() -> None:
 def _shape_and_box(draw: st.DrawFn) -> tuple[tuple[int, ...], Box]:
     shape = tuple(draw(st.lists(st.integers(1, 6), max_size=4)))
     low = tuple(draw(st.integers(0, n - 1)) for n in shape)
-    return shape, Box(low, tuple(draw(st.integers(1, n - a)) for n, a in zip(shape, low, strict=True)))
+    return shape, Box(
+        low, tuple(draw(st.integers(1, n - a)) for n, a in zip(shape, low, strict=True))
+    )
 
 
 @settings(deadline=None, max_examples=80)
@@ -133,16 +142,21 @@ def test_product_and_sum_are_rounded_separately() -> None:
     z = np.array(definition.normals(TEXT, 1000), dtype=np.float32)
     product = (np.float32(0.01) * z).astype(np.float32)
     assert np.array_equal(grown.numpy(), values.numpy() + product)
-    fused = (values.double().numpy() + np.float64(np.float32(0.01)) * z.astype(np.float64)).astype(np.float32)
+    fused = (values.double().numpy() + np.float64(np.float32(0.01)) * z.astype(np.float64)).astype(
+        np.float32
+    )
     assert not np.array_equal(grown.numpy(), fused)  # the values chosen do tell the two apart
 
 
-# -- statistics ----------------------------------------------------------------------------------------------
+# -- statistics
+# ----------------------------------------------------------------------------------------------
 
 NUM = 1 << 20
 
 
-def _sample(layer: int | None = 0, expert: int = 0, *, seed: int = 0, tensor: str = FC1) -> np.ndarray:
+def _sample(
+    layer: int | None = 0, expert: int = 0, *, seed: int = 0, tensor: str = FC1
+) -> np.ndarray:
     return normals(stream_key(Stream(seed, tensor, layer, expert)), 0, NUM).astype(np.float64)
 
 
@@ -153,7 +167,9 @@ def test_the_noise_is_normal() -> None:
     assert abs(z.mean()) < 5 * error
     assert abs(z.std() - 1) < 5 * error / np.sqrt(2)
     assert abs((z**3).mean()) < 5 * error * np.sqrt(15)
-    assert abs((z**4).mean() - 3) < 0.001 + 5 * error * np.sqrt(96)  # the table ends at 4.3: kurtosis 2.999
+    assert abs((z**4).mean() - 3) < 0.001 + 5 * error * np.sqrt(
+        96
+    )  # the table ends at 4.3: kurtosis 2.999
     for bound, share in ((1, 0.6826895), (2, 0.9544997), (3, 0.9973002)):
         assert abs((np.abs(z) < bound).mean() - share) < 5 * error * np.sqrt(share * (1 - share))
 
@@ -184,7 +200,9 @@ def test_the_noise_of_a_grown_expert_has_the_asked_for_size(tmp_path: Path) -> N
     weight = torch.randn(1, 1, 256, 128, generator=torch.Generator().manual_seed(0)) * 0.02
     bases.save(tmp_path, {FC1: weight})
     growth = GrowthConfig.model_validate({"width": {"noise": {"experts": 0.05}}})
-    (got,) = load_boxes(GrowthStorageReader(tmp_path, growth), [(FC1, (0, 0, 0, 0), (1, 2, 256, 128))])
+    (got,) = load_boxes(
+        GrowthStorageReader(tmp_path, growth), [(FC1, (0, 0, 0, 0), (1, 2, 256, 128))]
+    )
     noise = got[0, 1] - weight[0, 0]
     assert torch.equal(got[0, 0], weight[0, 0])
     assert abs(float(noise.std() / weight.std()) / 0.05 - 1) < 5 / (2 * weight.numel()) ** 0.5

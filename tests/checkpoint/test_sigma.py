@@ -51,7 +51,9 @@ def test_neither_the_order_nor_the_chunks_change_a_bit(data: st.DataObject) -> N
     values = SAMPLES[name](
         data.draw(st.integers(2, 400)), torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
     )
-    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+    order = torch.randperm(
+        len(values), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    )
     cuts = sorted(data.draw(st.lists(st.integers(0, len(values)), max_size=6)))
     chunks = [*torch.tensor_split(values[order], cuts)]
     assert standard_deviation(chunks) == standard_deviation([values])

@@ -1,4 +1,5 @@
-"""What cannot be grown is refused before anything else happens, by name, with the remedy, on one line."""
+"""What cannot be grown is refused before anything else happens, by name, with the remedy, on one
+line."""
 
 import json
 import pickle
@@ -24,7 +25,10 @@ from tests.checkpoint.loading import load_all
 
 GROWTH = GrowthConfig.model_validate({"depth": {}, "width": {}})
 MODEL = Model(layers=2, experts=2, mtp=False)
-FLAT = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0"
+FLAT = (
+    "optimizer.distributed.dp_group_idx_0."
+    "gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0"
+)
 BUFFER = f"{FLAT}.exp_avg"
 
 
@@ -61,7 +65,9 @@ def _edit(directory: Path, change: Callable[[Metadata], None]) -> None:
 
 def test_a_sound_checkpoint_is_opened_and_known(base: Path) -> None:
     source = SourceCheckpoint(base)
-    assert source.architecture == Architecture(num_layers=2, num_experts=2, top_k=2, key_form="stacked")
+    assert source.architecture == Architecture(
+        num_layers=2, num_experts=2, top_k=2, key_form="stacked"
+    )
     assert (source.optimizer_states, source.masters) == ((), None)
     assert source.args == MODEL.args
     assert source.tensors.keys() == bases.shapes(MODEL).keys()
@@ -89,7 +95,11 @@ def test_the_architecture_is_read_off_the_tensors(
 
 @pytest.mark.parametrize(
     ("states", "masters"),
-    [(("param", "exp_avg"), "param"), (("fp32_param", "exp_avg_sq"), "fp32_param"), (("exp_avg",), None)],
+    [
+        (("param", "exp_avg"), "param"),
+        (("fp32_param", "exp_avg_sq"), "fp32_param"),
+        (("exp_avg",), None),
+    ],
 )
 def test_masters_are_found_where_there_are_any(
     tmp_path: Path, states: tuple[str, ...], masters: str | None
@@ -100,7 +110,8 @@ def test_masters_are_found_where_there_are_any(
     assert source.masters == masters
 
 
-# -- the directory -------------------------------------------------------------------------------------------
+# -- the directory
+# -------------------------------------------------------------------------------------------
 
 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
@@ -139,14 +150,20 @@ def test_an_iteration_is_found_by_number_by_name_and_as_the_latest(base: Path) -
 @pytest.mark.parametrize(
     ("tracker", "iteration", "expected"),
     [
-        (None, "latest", "has no latest_checkpointed_iteration.txt; training has saved nothing there yet"),
+        (
+            None,
+            "latest",
+            "has no latest_checkpointed_iteration.txt; training has saved nothing there yet",
+        ),
         ("8", "latest", "iter_0000008' does not exist; iterations there: iter_0000007"),
         ("seven", "latest", "holds 'seven', not an iteration; write the iteration's number in it"),
         ("", "latest", "holds '', not an iteration; write the iteration's number in it"),
         ("7", 9, "iter_0000009' does not exist; iterations there: iter_0000007"),
     ],
 )
-def test_an_iteration_that_is_not_there_is_refused(base: Path, tracker, iteration, expected: str) -> None:
+def test_an_iteration_that_is_not_there_is_refused(
+    base: Path, tracker, iteration, expected: str
+) -> None:
     if tracker is not None:
         (base.parent / "latest_checkpointed_iteration.txt").write_text(tracker)
     with pytest.raises(CheckpointError) as refusal:
@@ -159,12 +176,14 @@ def test_a_load_directory_that_is_missing_or_an_iteration_itself_is_refused(base
     with pytest.raises(CheckpointError, match=r"does not exist; give the one that holds latest_"):
         iteration_directory(base / "nowhere")
     with pytest.raises(
-        CheckpointError, match=r"has no latest_checkpointed_iteration\.txt; give its parent directory"
+        CheckpointError,
+        match=r"has no latest_checkpointed_iteration\.txt; give its parent directory",
     ):
         iteration_directory(base)
 
 
-# -- half-written and damaged --------------------------------------------------------------------------------
+# -- half-written and damaged
+# --------------------------------------------------------------------------------
 
 
 def test_a_save_that_did_not_come_to_its_metadata_is_refused(base: Path) -> None:
@@ -213,7 +232,8 @@ def test_a_tensor_that_lacks_a_chunk_is_refused(tmp_path: Path) -> None:
     key = f"decoder.layers.{FC1}"
     _edit(tmp_path, lambda metadata: metadata.state_dict_metadata[key].chunks.pop())
     assert _refusal(tmp_path) == (
-        f"the chunks of {key} hold 120 of its 128 elements; the checkpoint is damaged: use another iteration"
+        f"the chunks of {key} hold 120 of its 128 elements; the checkpoint is damaged: use another "
+        "iteration"
     )
 
 
@@ -228,7 +248,8 @@ def test_a_common_state_that_cannot_be_read_is_refused(base: Path) -> None:
     assert message.endswith("it is damaged: use another iteration")
 
 
-# -- other formats -------------------------------------------------------------------------------------------
+# -- other formats
+# -------------------------------------------------------------------------------------------
 
 
 def test_the_legacy_format_is_refused(tmp_path: Path) -> None:
@@ -261,16 +282,20 @@ def test_the_torch_dist_backend_is_taken(base: Path) -> None:
 def test_a_damaged_metadata_json_is_refused(base: Path, content: str) -> None:
     (base / "metadata.json").write_text(content)
     assert _refusal(base) == (
-        f"{str(base / 'metadata.json')!r} is damaged; restore it from another copy of the checkpoint"
+        f"{str(base / 'metadata.json')!r} is damaged; restore it from another copy of the "
+        "checkpoint"
     )
 
 
-# -- keys and models -----------------------------------------------------------------------------------------
+# -- keys and models
+# -----------------------------------------------------------------------------------------
 
 
 def test_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:
     message = _refusal(_with(tmp_path, **{"decoder.layers.mlp.mystery.weight": torch.zeros(2, 3)}))
-    assert message.startswith("checkpoint key 'decoder.layers.mlp.mystery.weight' cannot be grown: ")
+    assert message.startswith(
+        "checkpoint key 'decoder.layers.mlp.mystery.weight' cannot be grown: "
+    )
 
 
 def test_an_unknown_object_is_refused_by_name(tmp_path: Path) -> None:
@@ -286,7 +311,8 @@ def test_flat_optimizer_buffers_are_refused_with_both_remedies(tmp_path: Path) -
 
 
 def test_the_remedy_named_for_flat_optimizer_buffers_works(tmp_path: Path) -> None:
-    """Megatron's default optimizer format: its weights grow where the moments are dropped anyway."""
+    """Megatron's default optimizer format: its weights grow where the moments are dropped
+    anyway."""
     object_key = f"{FLAT}.per_bucket_numel/shard_0_1"
     base = _with(tmp_path, **{BUFFER: torch.zeros(9), object_key: [9]})
     reset = GrowthConfig.model_validate({"depth": {}, "width": {}, "optimizer": "reset"})
@@ -301,7 +327,8 @@ def test_a_hybrid_model_is_refused_as_such(tmp_path: Path) -> None:
     tensors = {norm: torch.zeros(4), qkv: torch.zeros(12, 4)}
     bases.save(tmp_path, {**tensors, COMMON_STATE: state})
     assert _refusal(tmp_path) == (
-        f"checkpoint {str(tmp_path)!r} is a hybrid model (pattern '*E*E'), which cannot be grown yet; "
+        f"checkpoint {str(tmp_path)!r} is a hybrid model (pattern '*E*E'), which cannot be grown "
+        "yet; "
         "grow a GPT model"
     )
 
@@ -309,20 +336,27 @@ def test_a_hybrid_model_is_refused_as_such(tmp_path: Path) -> None:
 def test_a_checkpoint_without_decoder_layers_is_refused(tmp_path: Path) -> None:
     bases.save(tmp_path, {"embedding.word_embeddings.weight": torch.zeros(3, 2)})
     assert _refusal(tmp_path) == (
-        f"checkpoint {str(tmp_path)!r} has no decoder.layers tensor; it is no GPT model that can be grown"
+        f"checkpoint {str(tmp_path)!r} has no decoder.layers tensor; it is no GPT model that can "
+        "be grown"
     )
 
 
 def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
     bases.save(tmp_path, {COMMON_STATE: [{"iteration": 1}]})
-    assert _refusal(tmp_path) == f"checkpoint {str(tmp_path)!r} holds no tensor; nothing can be grown from it"
+    assert (
+        _refusal(tmp_path)
+        == f"checkpoint {str(tmp_path)!r} holds no tensor; nothing can be grown from it"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"num_layers": 5}, "the checkpoint's arguments say num_layers 5 but decoder.layers."),
-        ({"num_experts": 8}, "the checkpoint's arguments say num_experts 8 but decoder.layers.mlp."),
+        (
+            {"num_experts": 8},
+            "the checkpoint's arguments say num_experts 8 but decoder.layers.mlp.",
+        ),
     ],
 )
 def test_arguments_that_contradict_the_tensors_are_refused(

@@ -1,6 +1,8 @@
-"""Verification passes what is exactly the grown checkpoint, and names what is wrong with anything else.
+"""Verification passes what is exactly the grown checkpoint, and names what is wrong with anything
+else.
 
-Each grown checkpoint here is the view, loaded through DCP and saved again; each mutation changes one thing.
+Each grown checkpoint here is the view, loaded through DCP and saved again; each mutation changes
+one thing.
 """
 
 import ast
@@ -84,7 +86,8 @@ def sites(result: Verification) -> set[tuple[str, int | None, int | None]]:
     return {(problem.key, problem.layer, problem.expert) for problem in result.problems}
 
 
-# -- what is right passes ------------------------------------------------------------------------------------
+# -- what is right passes
+# ------------------------------------------------------------------------------------
 
 RIGHT = [
     "depth alone",
@@ -123,7 +126,9 @@ def test_the_key_form_may_change_with_growth(form, tmp_path):
     assert result.elements == sum(tensor.numel() for tensor in made.tensors.values())
 
 
-@pytest.mark.parametrize("case", ["both, with the distributed optimizer", "per-layer keys, zero outputs"])
+@pytest.mark.parametrize(
+    "case", ["both, with the distributed optimizer", "per-layer keys, zero outputs"]
+)
 def test_the_view_itself_is_verified(case, tmp_path):
     model, growth, _ = CASES[case]
     made = grown(tmp_path, model, growth)
@@ -143,7 +148,9 @@ def test_a_configuration_stands_in_for_the_manifest(small, tmp_path):
     directory = small.write(tmp_path)
     (tmp_path / manifest.MANIFEST).unlink()
     assert verify(small.base, directory, growth=GrowthConfig.model_validate(BOTH)).passed
-    assert not verify(small.base, directory, growth=GrowthConfig.model_validate({**BOTH, "seed": 1})).passed
+    assert not verify(
+        small.base, directory, growth=GrowthConfig.model_validate({**BOTH, "seed": 1})
+    ).passed
 
 
 def test_a_run_with_ranks_and_settings_of_its_own_passes(mutable, tmp_path):
@@ -161,7 +168,8 @@ def test_objects_with_the_same_content_need_not_have_the_same_bytes(mutable, tmp
     assert mutable.verified(tmp_path).problems == ()
 
 
-# -- what is wrong is named ----------------------------------------------------------------------------------
+# -- what is wrong is named
+# ----------------------------------------------------------------------------------
 
 
 def test_one_flipped_bit_is_found(mutable, tmp_path):
@@ -205,7 +213,9 @@ def test_two_swapped_depth_copies_differ_by_their_noise(mutable, tmp_path):
     key = f"decoder.layers.{FC1}"
     mutable.tensors[key][[0, 1]] = mutable.tensors[key][[1, 0]]
     layers = {(layer, expert) for _, layer, expert in sites(mutable.verified(tmp_path))}
-    assert layers == {(layer, expert) for layer in (0, 1) for expert in (1, 3)}  # originals are alike
+    assert layers == {
+        (layer, expert) for layer in (0, 1) for expert in (1, 3)
+    }  # originals are alike
 
 
 def test_a_dropped_object_is_found(mutable, tmp_path):
@@ -225,7 +235,9 @@ def test_an_incomplete_grid_of_run_state_is_found(mutable, tmp_path):
     assert mutable.verified(tmp_path).problems == (Problem("rng_state", "has 1 of its 2 shards"),)
 
 
-@pytest.mark.parametrize("key", [f"decoder.layers.{ROUTER}", "optimizer.state.exp_avg.output_layer.weight"])
+@pytest.mark.parametrize(
+    "key", [f"decoder.layers.{ROUTER}", "optimizer.state.exp_avg.output_layer.weight"]
+)
 def test_a_dropped_tensor_is_found(key, mutable, tmp_path):
     del mutable.tensors[key]
     assert mutable.verified(tmp_path).problems == (Problem(key, "is missing"),)
@@ -233,7 +245,9 @@ def test_a_dropped_tensor_is_found(key, mutable, tmp_path):
 
 def test_a_tensor_too_many_is_found(mutable, tmp_path):
     mutable.tensors["decoder.layers.mlp.router.bias"] = torch.zeros(4, 4)
-    assert [p.what for p in mutable.verified(tmp_path).problems] == ["is no tensor of the grown model"]
+    assert [p.what for p in mutable.verified(tmp_path).problems] == [
+        "is no tensor of the grown model"
+    ]
 
 
 def test_another_shape_and_another_type_are_found(mutable, tmp_path):
@@ -291,7 +305,10 @@ def test_a_per_layer_list_that_was_not_spread_is_found(tmp_path):
     made = grown(tmp_path, Model(stacked=False, dense=(0,)), BOTH)
     made.objects[COMMON_STATE][0]["args"].moe_layer_freq = [0, 1, 1, 0, 1, 1]
     (problem,) = made.verified(tmp_path / "grown").problems
-    assert "args.moe_layer_freq says [0, 1, 1, 0, 1, 1] of the layers, not [0, 0, 1, 1, 1, 1]" in problem.what
+    assert (
+        "args.moe_layer_freq says [0, 1, 1, 0, 1, 1] of the layers, not [0, 0, 1, 1, 1, 1]"
+        in problem.what
+    )
 
 
 def test_optimizer_state_that_should_have_been_reset_is_found(tmp_path):
@@ -353,14 +370,17 @@ def test_damage_on_disk_is_found(key, landmark, how, small, tmp_path):
     else:
         at = content.index(landmark, info.offset)
         if landmark.startswith(b"archive"):
-            at = content.index(b"PK\x07\x08", at) - 1  # its last byte: a descriptor follows the data
+            at = (
+                content.index(b"PK\x07\x08", at) - 1
+            )  # its last byte: a descriptor follows the data
         content[at] ^= 1
     (directory / info.relative_path).write_bytes(content)
     result = verify(small.base, directory)
     assert {problem.key for problem in result.problems} == {key}
 
 
-# -- the manifest --------------------------------------------------------------------------------------------
+# -- the manifest
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -387,7 +407,8 @@ def test_a_base_that_was_saved_again_is_found(small, tmp_path):
     assert any(problem.elements for problem in result.problems)
 
 
-# -- bad input -----------------------------------------------------------------------------------------------
+# -- bad input
+# -----------------------------------------------------------------------------------------------
 
 
 def test_a_grown_checkpoint_without_a_manifest_is_bad_input(small, tmp_path):
@@ -413,16 +434,20 @@ def test_a_base_with_a_damaged_master_is_reported(tmp_path):
     key = "optimizer.state.param.output_layer.weight"
     base[key] = base[key].roll(1)
     made = grown(tmp_path / "whole", SMALL, BOTH)
-    made.base = bases.save(tmp_path / "iter_0000007", {**base, **bases.objects(SMALL)}, bases.megatron())
+    made.base = bases.save(
+        tmp_path / "iter_0000007", {**base, **bases.objects(SMALL)}, bases.megatron()
+    )
     result = made.verified(tmp_path / "grown")
     assert any("in the base, is not its fp32 master" in problem.what for problem in result.problems)
 
 
-# -- the route -----------------------------------------------------------------------------------------------
+# -- the route
+# -----------------------------------------------------------------------------------------------
 
 
 def test_the_verifier_takes_another_route_than_growth(monkeypatch, small, tmp_path):
-    """It neither imports growth's way of making values nor calls the plan's, save to show the view itself."""
+    """It neither imports growth's way of making values nor calls the plan's, save to show the view
+    itself."""
     directory = small.write(tmp_path)
 
     def forbidden(*args: Any, **kwargs: Any) -> None:
@@ -468,7 +493,9 @@ def _noise_by_source_layer(monkeypatch):
 
 
 def _noise_on_expert_bias(monkeypatch):
-    rules = [replace(r, noise="router") if "expert_bias" in r.example else r for r in keys.LAYER_RULES]
+    rules = [
+        replace(r, noise="router") if "expert_bias" in r.example else r for r in keys.LAYER_RULES
+    ]
     monkeypatch.setattr(keys, "LAYER_RULES", tuple(rules))
 
 
@@ -514,7 +541,8 @@ def test_each_chunk_of_the_base_is_read_at_most_a_few_times(monkeypatch, small, 
     assert max(reads.count(index) for index in set(reads)) <= 2
 
 
-# -- the command ---------------------------------------------------------------------------------------------
+# -- the command
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -542,7 +570,9 @@ def test_the_command_lists_what_is_wrong_and_exits_1(run, mutable, tmp_path):
     code, out, err = run("verify", small_base := mutable.base, tmp_path, "--json")
     document = json.loads(out)
     assert (code, err, document["passed"]) == (1, "", False)
-    assert {problem["key"] for problem in document["problems"]} == {"decoder.final_layernorm.weight"}
+    assert {problem["key"] for problem in document["problems"]} == {
+        "decoder.final_layernorm.weight"
+    }
     code, out, err = run("verify", small_base, tmp_path)
     assert (code, err) == (1, "")
     assert "not verified" in out

@@ -1,4 +1,5 @@
-"""The grown view of a whole checkpoint equals the definition: tensors to the bit, objects, common state."""
+"""The grown view of a whole checkpoint equals the definition: tensors to the bit, objects, common
+state."""
 
 import hashlib
 import os
@@ -115,7 +116,11 @@ CASES: dict[str, tuple[Model, dict[str, Any], Growth]] = {
         Growth((0, 1, 1, 2, 2), ()),
     ),
 }
-GRIDS = {"whole tensors": None, "as Megatron": bases.megatron(), "uneven": bases.every([2, 2, 5, 3])}
+GRIDS = {
+    "whole tensors": None,
+    "as Megatron": bases.megatron(),
+    "uneven": bases.every([2, 2, 5, 3]),
+}
 # Every case is cut as Megatron cuts it, and a few in the other ways too.
 CASES_AND_GRIDS = [(case, "as Megatron") for case in CASES] + [
     (case, grid)
@@ -135,7 +140,9 @@ def _save(
     return bases.save(directory, {**tensors, **objects}, grid), tensors, objects
 
 
-def _assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], at_least: int = 1) -> None:
+def _assert_equal(
+    got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], at_least: int = 1
+) -> None:
     assert got.keys() == want.keys()
     compared = 0
     for key, tensor in want.items():
@@ -153,7 +160,9 @@ def test_the_grown_checkpoint_equals_the_definition(tmp_path: Path, case: str, g
     got, got_objects = load_all(reader)
     want = definition.grown_tensors(tensors, growth)
     _assert_equal(
-        got, want, at_least=sum(t.numel() for k, t in tensors.items() if not k.startswith("optimizer"))
+        got,
+        want,
+        at_least=sum(t.numel() for k, t in tensors.items() if not k.startswith("optimizer")),
     )
     want_objects = definition.grown_objects(objects, growth, model.layers, model.experts)
     assert got_objects.keys() == want_objects.keys()
@@ -162,8 +171,12 @@ def test_the_grown_checkpoint_equals_the_definition(tmp_path: Path, case: str, g
         assert got_objects[key] == want_objects[key]
 
 
-@pytest.mark.parametrize("case", ["both, with the distributed optimizer", "per-layer keys, dense first"])
-def test_originals_keep_the_bases_bits_and_every_clone_differs_a_little(tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize(
+    "case", ["both, with the distributed optimizer", "per-layer keys, dense first"]
+)
+def test_originals_keep_the_bases_bits_and_every_clone_differs_a_little(
+    tmp_path: Path, case: str
+) -> None:
     """What the definition says, held to what the paper says."""
     model, config, _ = CASES[case]
     directory, tensors, _ = _save(tmp_path, model)
@@ -189,14 +202,18 @@ CROSSINGS = [("stacked", "per_layer"), ("per_layer", "stacked")]
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("source_form", "target_form"), CROSSINGS)
-def test_either_key_form_is_served_as_the_other(tmp_path: Path, source_form, target_form, grid: str) -> None:
+def test_either_key_form_is_served_as_the_other(
+    tmp_path: Path, source_form, target_form, grid: str
+) -> None:
     model = Model(stacked=source_form == "stacked", states=DISTRIBUTED)
     directory, tensors, objects = _save(tmp_path, model, GRIDS[grid])
     config = GrowthConfig.model_validate({"depth": {"new_layer_init": "zero_output"}, "width": {}})
     source = SourceCheckpoint(directory)
     plan = build_plan(config, source.architecture, masters=source.masters, target_form=target_form)
     got, got_objects = load_all(GrowthStorageReader(directory, plan))
-    growth = Growth((0, 0, 1, 1, 2, 2), interleaved(3, 2), zero_output=True, stacked=target_form == "stacked")
+    growth = Growth(
+        (0, 0, 1, 1, 2, 2), interleaved(3, 2), zero_output=True, stacked=target_form == "stacked"
+    )
     _assert_equal(got, definition.grown_tensors(tensors, growth))
     want = definition.grown_objects(objects, growth, model.layers, model.experts)
     assert got_objects.keys() == want.keys()
@@ -215,11 +232,14 @@ def test_layers_that_differ_cannot_be_stacked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["stacked", "per_layer"])
 def test_the_weight_of_a_clone_is_the_cast_of_its_grown_master(tmp_path: Path, form: str) -> None:
-    """Otherwise the optimizer's first step would undo the noise, or most of it would be lost in bf16."""
+    """Otherwise the optimizer's first step would undo the noise, or most of it would be lost in
+    bf16."""
     model = Model(stacked=form == "stacked", states=DISTRIBUTED)
     directory, *_ = _save(tmp_path, model, bases.megatron())
     got, _ = load_all(GrowthStorageReader(directory, GrowthConfig.model_validate(BOTH)))
-    masters = {key: tensor for key, tensor in got.items() if key.startswith("optimizer.state.param.")}
+    masters = {
+        key: tensor for key, tensor in got.items() if key.startswith("optimizer.state.param.")
+    }
     for key, master in masters.items():
         assert torch.equal(got[key.removeprefix("optimizer.state.param.")], master.bfloat16()), key
     assert len(masters) > 20
@@ -256,7 +276,8 @@ def test_the_bits_do_not_depend_on_how_the_base_was_sharded(tmp_path: Path, grid
     one, *_ = _save(tmp_path / "whole", model)
     other, *_ = _save(tmp_path / "cut", model, grid)
     _assert_equal(
-        load_all(GrowthStorageReader(one, config))[0], load_all(GrowthStorageReader(other, config))[0]
+        load_all(GrowthStorageReader(one, config))[0],
+        load_all(GrowthStorageReader(other, config))[0],
     )
 
 
@@ -267,7 +288,9 @@ def test_the_bits_do_not_depend_on_how_much_is_read_at_once(
     monkeypatch.setattr(fanout, "BATCH_BYTES", 100)
     base = RecordingReader(directory)
     got, _ = load_all(GrowthStorageReader(directory, GrowthConfig.model_validate(BOTH), base=base))
-    _assert_equal(got, definition.grown_tensors(tensors, CASES["both, with the distributed optimizer"][2]))
+    _assert_equal(
+        got, definition.grown_tensors(tensors, CASES["both, with the distributed optimizer"][2])
+    )
     assert len(base.calls) > 100
 
 
@@ -279,7 +302,8 @@ def test_a_tensor_of_a_grown_checkpoint_loads_alone(tmp_path: Path) -> None:
     assert torch.equal(got, want[f"decoder.layers.{bases.FC1}"])
 
 
-# -- the common state ----------------------------------------------------------------------------------------
+# -- the common state
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("from_plan", [False, True])
@@ -291,7 +315,12 @@ def test_the_common_state_describes_the_grown_model(tmp_path: Path, from_plan: b
     _, objects = load_all(GrowthStorageReader(directory, growth))
     (state,) = objects[COMMON_STATE]
     args = state["args"]
-    assert (args.num_layers, args.encoder_num_layers, args.num_experts, args.moe_router_topk) == (6, 6, 6, 4)
+    assert (args.num_layers, args.encoder_num_layers, args.num_experts, args.moe_router_topk) == (
+        6,
+        6,
+        6,
+        4,
+    )
     assert args.moe_layer_freq == [0, 0, 1, 1, 1, 1]
     assert args.hidden_size == PER_LAYER.hidden
     assert (state["iteration"], state["checkpoint_version"]) == (7, 3.0)
@@ -315,7 +344,8 @@ def test_the_bases_own_common_state_is_not_changed(tmp_path: Path) -> None:
     assert reader.source.common_state == objects[COMMON_STATE][0]
 
 
-# -- metadata ------------------------------------------------------------------------------------------------
+# -- metadata
+# ------------------------------------------------------------------------------------------------
 
 
 class _Counted(list):
@@ -339,7 +369,10 @@ class _CountingReader(FileSystemReader):
 
 
 def _looks_per_chunk(directory: Path, model: Model) -> float:
-    key, shape = f"decoder.layers.{bases.FC1}", (model.layers, model.experts, 2 * model.ffn, model.hidden)
+    key, shape = (
+        f"decoder.layers.{bases.FC1}",
+        (model.layers, model.experts, 2 * model.ffn, model.hidden),
+    )
     bases.save(directory, {key: torch.zeros(shape)}, bases.every([1, 1, 2]), num_files=1)
     base = _CountingReader(directory)
     _Counted.seen = 0
@@ -349,7 +382,9 @@ def _looks_per_chunk(directory: Path, model: Model) -> float:
     return _Counted.seen / num_chunks
 
 
-def test_making_the_metadata_looks_at_each_source_chunk_a_fixed_number_of_times(tmp_path: Path) -> None:
+def test_making_the_metadata_looks_at_each_source_chunk_a_fixed_number_of_times(
+    tmp_path: Path,
+) -> None:
     small = _looks_per_chunk(tmp_path / "small", Model(layers=2, experts=2))
     large = _looks_per_chunk(tmp_path / "large", Model(layers=8, experts=6))
     assert 0 < large == small
@@ -364,7 +399,9 @@ def test_the_grown_metadata_tiles_every_tensor_and_names_no_file(tmp_path: Path)
         if isinstance(entry, TensorStorageMetadata):
             places = torch.zeros(entry.size, dtype=torch.int32)
             for chunk in entry.chunks:
-                places[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] += 1
+                places[
+                    tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+                ] += 1
             assert bool((places == 1).all())
             examined += 1
     assert examined > 30
@@ -391,7 +428,8 @@ def test_metadata_that_the_bases_reader_shares_is_not_changed(tmp_path: Path) ->
     assert len(reader.read_metadata().state_dict_metadata) > 30
 
 
-# -- the base is read and never written ----------------------------------------------------------------------
+# -- the base is read and never written
+# ----------------------------------------------------------------------
 
 
 def _digest(directory: Path) -> dict[str, tuple[str, int]]:
@@ -412,7 +450,9 @@ def test_the_base_is_untouched_and_may_be_read_only(tmp_path: Path) -> None:
     for path in [*directory.iterdir(), directory]:
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     try:
-        tensors, objects = load_all(GrowthStorageReader(directory, GrowthConfig.model_validate(BOTH)))
+        tensors, objects = load_all(
+            GrowthStorageReader(directory, GrowthConfig.model_validate(BOTH))
+        )
     finally:
         directory.chmod(0o755)
     assert tensors
@@ -421,7 +461,8 @@ def test_the_base_is_untouched_and_may_be_read_only(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["base"]
 
 
-# -- what a loader may get wrong -----------------------------------------------------------------------------
+# -- what a loader may get wrong
+# -----------------------------------------------------------------------------
 
 
 def test_a_reader_stays_with_its_own_checkpoint(tmp_path: Path) -> None:
@@ -446,7 +487,9 @@ def test_values_that_are_not_finite_cannot_scale_noise(tmp_path: Path, value: fl
         load_boxes(reader, [(key, (1, 5, 0, 0), (1, 1, 8, 4))])
     assert "not finite" in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    (got,) = load_boxes(reader, [(key, (1, 0, 0, 0), (1, 4, 8, 4))])  # the layer's other experts are finite
+    (got,) = load_boxes(
+        reader, [(key, (1, 0, 0, 0), (1, 4, 8, 4))]
+    )  # the layer's other experts are finite
     assert torch.equal(got[0, 0::2], tensors[key][1, :2])
     assert got.isfinite().all()
 
@@ -457,7 +500,10 @@ def test_a_master_that_does_not_round_to_its_weight_is_refused_and_reset_does_wi
     tmp_path, state: str, name: str
 ) -> None:
     """Megatron-core 0.19.0 to 0.19.2 can save masters shifted; one element is enough to tell."""
-    model, key = Model(layers=2, experts=2, mtp=False, states=(state, "exp_avg")), f"decoder.layers.{name}"
+    model, key = (
+        Model(layers=2, experts=2, mtp=False, states=(state, "exp_avg")),
+        f"decoder.layers.{name}",
+    )
     tensors = bases.tensors(model)
     tensors[f"optimizer.state.{state}.{key}"].view(-1)[-1] *= 1.1
     bases.save(tmp_path, tensors, bases.megatron())
@@ -465,7 +511,9 @@ def test_a_master_that_does_not_round_to_its_weight_is_refused_and_reset_does_wi
     shape = reader.view.shapes[key]
     with pytest.raises(CheckpointError) as refusal:
         load_boxes(reader, [(f"optimizer.state.{state}.{key}", (0,) * len(shape), shape)])
-    assert str(refusal.value).startswith(f"optimizer.state.{state}.{key} does not round to {key} in box (1, ")
+    assert str(refusal.value).startswith(
+        f"optimizer.state.{state}.{key} does not round to {key} in box (1, "
+    )
     assert "`optimizer: reset`" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     config = {**BOTH, "optimizer": "reset"}
@@ -474,9 +522,14 @@ def test_a_master_that_does_not_round_to_its_weight_is_refused_and_reset_does_wi
     _assert_equal(got, definition.grown_tensors(tensors, growth))
 
 
-def test_a_weight_without_a_master_beside_weights_that_have_one_grows_from_itself(tmp_path: Path) -> None:
+def test_a_weight_without_a_master_beside_weights_that_have_one_grows_from_itself(
+    tmp_path: Path,
+) -> None:
     """A frozen router, or one kept in fp32 under the plain bf16 optimizer."""
-    model, key = Model(layers=2, experts=2, mtp=False, states=MIXED), f"decoder.layers.{bases.ROUTER}"
+    model, key = (
+        Model(layers=2, experts=2, mtp=False, states=MIXED),
+        f"decoder.layers.{bases.ROUTER}",
+    )
     tensors = {k: t for k, t in bases.tensors(model).items() if not (k.endswith(key) and k != key)}
     bases.save(tmp_path, tensors)
     reader = GrowthStorageReader(tmp_path, GrowthConfig.model_validate({"width": {}}))

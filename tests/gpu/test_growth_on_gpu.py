@@ -1,7 +1,8 @@
 """The whole road on one GPU: bf16, NCCL, Megatron's own optimizer path, nothing of the CPU backend.
 
-With Transformer Engine where it is installed, else with `--transformer-impl local`. What the GPU holds after the load
-is compared bit for bit with the definition, which runs on the CPU: growth gives the same bits on both.
+With Transformer Engine where it is installed, else with `--transformer-impl local`. What the GPU
+holds after the load is compared bit for bit with the definition, which runs on the CPU: growth
+gives the same bits on both.
 """
 
 import importlib.util
@@ -22,22 +23,79 @@ pytestmark = [
 ]
 
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
-LOCAL = """
-    --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-persist-layer-norm
-    --no-rope-fusion --attention-backend unfused
-""".split()
-RUN = """
-    --micro-batch-size 1 --global-batch-size 8 --mock-data --num-workers 0 --eval-iters 0 --eval-interval 1000
-    --log-interval 1 --bf16 --tokenizer-type NullTokenizer --vocab-size 127 --lr 1e-3 --lr-decay-style constant
-    --save-interval 6
-""".split()
-MODEL = """
-    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --num-experts 4
-    --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-token-dispatcher-type alltoall --normalization RMSNorm
-    --swiglu --position-embedding-type rope --disable-bias-linear --untie-embeddings-and-output-weights
-    --seq-length 32 --max-position-embeddings 32 --moe-aux-loss-coeff 0.01 --hidden-dropout 0
-    --attention-dropout 0 --moe-router-dtype fp32
-""".split()
+LOCAL = [
+    "--transformer-impl",
+    "local",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+    "--attention-backend",
+    "unfused",
+]
+RUN = [
+    "--micro-batch-size",
+    "1",
+    "--global-batch-size",
+    "8",
+    "--mock-data",
+    "--num-workers",
+    "0",
+    "--eval-iters",
+    "0",
+    "--eval-interval",
+    "1000",
+    "--log-interval",
+    "1",
+    "--bf16",
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--vocab-size",
+    "127",
+    "--lr",
+    "1e-3",
+    "--lr-decay-style",
+    "constant",
+    "--save-interval",
+    "6",
+]
+MODEL = [
+    "--num-layers",
+    "4",
+    "--hidden-size",
+    "64",
+    "--num-attention-heads",
+    "4",
+    "--ffn-hidden-size",
+    "128",
+    "--num-experts",
+    "4",
+    "--moe-router-topk",
+    "2",
+    "--moe-ffn-hidden-size",
+    "64",
+    "--moe-token-dispatcher-type",
+    "alltoall",
+    "--normalization",
+    "RMSNorm",
+    "--swiglu",
+    "--position-embedding-type",
+    "rope",
+    "--disable-bias-linear",
+    "--untie-embeddings-and-output-weights",
+    "--seq-length",
+    "32",
+    "--max-position-embeddings",
+    "32",
+    "--moe-aux-loss-coeff",
+    "0.01",
+    "--hidden-dropout",
+    "0",
+    "--attention-dropout",
+    "0",
+    "--moe-router-dtype",
+    "fp32",
+]
 
 
 @pytest.fixture(scope="module")

@@ -273,16 +273,20 @@ class _Recorder:
         }
 
     def take_apart(self) -> None:
-        """Let go of the model: hooks in C++ keep it in cycles that the garbage collector cannot see.
+        """Let go of the model: hooks in C++ keep it in cycles that the garbage collector cannot
+        see.
 
-        It holds process groups, and each gloo group has threads of its own, which would slow all later jobs down.
+        It holds process groups, and each gloo group has threads of its own, which would slow all
+        later jobs down.
         """
         if self._probe is None:
             return
         for chunk in self._probe.model:
             for module in list(chunk.modules()):
                 for part in list(vars(module).values()):
-                    if type(part).__name__.endswith("TokenDispatcher"):  # holds the last batch's graph
+                    if type(part).__name__.endswith(
+                        "TokenDispatcher"
+                    ):  # holds the last batch's graph
                         vars(part).clear()
                 vars(module).clear()
         for part in getattr(self._probe.optimizer, "chained_optimizers", [self._probe.optimizer]):
@@ -345,7 +349,8 @@ def _destroy_global_state() -> None:
     cached_metadata_filesystem_reader.CachedMetadataFileSystemReader.clear_metadata_cache()
     gc.collect()
     torch.distributed.barrier()
-    # Megatron forgets its groups without destroying them, and each gloo group keeps threads of its own.
+    # Megatron forgets its groups without destroying them, and each gloo group keeps threads of its
+    # own.
     world = torch.distributed.group.WORLD
     for group in list(torch.distributed.distributed_c10d._world.pg_map):
         if group is not world:

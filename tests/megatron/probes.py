@@ -1,7 +1,8 @@
-"""What a job looks at once a model is loaded: every parameter against the definition, and the logits.
+"""What a job looks at once a model is loaded: every parameter against the definition, and the
+logits.
 
-These run in the ranks. The definition is computed from the base's plain tensors, read by torch's own reader, by
-`tests.checkpoint.definition`, which shares no code with the package.
+These run in the ranks. The definition is computed from the base's plain tensors, read by torch's
+own reader, by `tests.checkpoint.definition`, which shares no code with the package.
 """
 
 import os
@@ -35,26 +36,48 @@ def plain_tensors(directory: Path) -> Tensors:
 
 
 @cache
-def defined(base: str, layers: tuple[int, ...], order: str, factor: int, alpha: float, zero: bool, rule: str,
-            stacked: bool) -> Tensors:  # fmt: skip
+def defined(
+    base: str,
+    layers: tuple[int, ...],
+    order: str,
+    factor: int,
+    alpha: float,
+    zero: bool,
+    rule: str,
+    stacked: bool,
+) -> Tensors:
     """The grown checkpoint by definition; the same for all jobs of a rank that grow alike."""
     tensors = plain_tensors(iteration_directory(base))
-    router = next(v for k, v in sorted(tensors.items()) if k.endswith("mlp.router.weight") and "optimizer" not in k)
+    router = next(
+        v
+        for k, v in sorted(tensors.items())
+        if k.endswith("mlp.router.weight") and "optimizer" not in k
+    )
     num_experts = router.shape[-2]
     experts = (interleaved if order == "interleave" else appended)(num_experts, factor)
-    growth = Growth(layers, experts, (("experts", alpha), ("router", alpha)), zero, rule, stacked=stacked)
+    growth = Growth(
+        layers, experts, (("experts", alpha), ("router", alpha)), zero, rule, stacked=stacked
+    )
     return grown_tensors(tensors, growth)
 
 
 def compare(probe: Probe) -> dict[str, Any]:
-    """Compare what this rank holds, parameters and optimizer state, with the definition, bit for bit."""
+    """Compare what this rank holds, parameters and optimizer state, with the definition, bit for
+    bit."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     o = probe.options
-    wanted = defined(o["base"], tuple(o["layers"]), o.get("order", "interleave"), o.get("factor", 2),
-                     o.get("alpha", 0.01), o.get("zero_output", False), o.get("optimizer", "reset"),
-                     o.get("stacked", True))  # fmt: skip
+    wanted = defined(
+        o["base"],
+        tuple(o["layers"]),
+        o.get("order", "interleave"),
+        o.get("factor", 2),
+        o.get("alpha", 0.01),
+        o.get("zero_output", False),
+        o.get("optimizer", "reset"),
+        o.get("stacked", True),
+    )
     held, wrong, elements = [], [], 0
     for shard in _shards(probe):
         apply_factories(shard)
@@ -78,14 +101,20 @@ def compare(probe: Probe) -> dict[str, Any]:
 
 
 def _shards(probe: Probe) -> list[dict[str, Any]]:
-    """The rank's sharded state dicts: one for each model chunk, and the optimizer's where it was loaded."""
+    """The rank's sharded state dicts: one for each model chunk, and the optimizer's where it was
+    loaded."""
     from megatron.core.utils import unwrap_model
 
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
     models = [chunk.sharded_state_dict(metadata=metadata) for chunk in unwrap_model(probe.model)]
     if probe.options.get("optimizer", "reset") == "reset":
         return models
-    named = models[0] if len(models) == 1 else {f"model{i}": model for i, model in enumerate(models)}
+    named = (
+        models[0] if len(models) == 1 else {f"model{i}": model for i, model in enumerate(models)}
+    )
     return [*models, probe.optimizer.sharded_state_dict(named, metadata=metadata)]
 
 
@@ -96,7 +125,8 @@ def real_tokens(length: int, vocab: int) -> torch.Tensor:
 
 
 def logits(probe: Probe) -> None:
-    """Save the logits of real text, of a model whole on each pipeline rank, to `options["logits"]`."""
+    """Save the logits of real text, of a model whole on each pipeline rank, to
+    `options["logits"]`."""
     from megatron.training import get_args
 
     args, (model,) = get_args(), probe.model

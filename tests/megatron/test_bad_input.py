@@ -1,4 +1,5 @@
-"""What bad input gets: one line that says what, why and what to do; no traceback, no hang, exit code not 0."""
+"""What bad input gets: one line that says what, why and what to do; no traceback, no hang, exit
+code not 0."""
 
 import subprocess
 import sys
@@ -35,7 +36,10 @@ def refusal(tmp_path: Path, base: Path, growth: dict[str, Any], argv: list[str] 
     file = tmp_path / "growth.yaml"
     file.write_text(yaml.safe_dump({"base": {"load": str(base)}, "growth": growth}))
     with pytest.raises(GrowthError) as refused:
-        entry.train(["--growth-config", str(file), *argv], lambda words: pytest.fail(f"trained with {words}"))
+        entry.train(
+            ["--growth-config", str(file), *argv],
+            lambda words: pytest.fail(f"trained with {words}"),
+        )
     message = str(refused.value)
     assert "\n" not in message
     return message
@@ -43,21 +47,60 @@ def refusal(tmp_path: Path, base: Path, growth: dict[str, Any], argv: list[str] 
 
 # growth or command line, and what its refusal says.
 CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
-    "factor 1": ({"depth": {"factor": 1}}, [], ["growth.depth.factor 1", "greater than or equal to 2"]),
+    "factor 1": (
+        {"depth": {"factor": 1}},
+        [],
+        ["growth.depth.factor 1", "greater than or equal to 2"],
+    ),
     "factor 0": ({"width": {"factor": 0}}, [], ["growth.width.factor 0"]),
     "a misspelt key": ({"depht": {}}, [], ["growth.depht", "did you mean 'depth'"]),
-    "too few target layers": ({"depth": {"target_layers": 4}}, [], ["target_layers (4)", "above", "(4)"]),
-    "skips that leave nothing": ({"depth": {"skip_first": 2, "skip_last": 2}}, [], ["skip_first (2)", "leave no layer"]),
+    "too few target layers": (
+        {"depth": {"target_layers": 4}},
+        [],
+        ["target_layers (4)", "above", "(4)"],
+    ),
+    "skips that leave nothing": (
+        {"depth": {"skip_first": 2, "skip_last": 2}},
+        [],
+        ["skip_first (2)", "leave no layer"],
+    ),
     "nothing to grow": ({}, [], ["neither `depth` nor `width`"]),
-    "EP that does not divide": (GROWTH, ["--expert-model-parallel-size", "3"],
-                                ["expert_model_parallel_size (3) must divide num_experts (8)"]),
-    "layers against the plan": (GROWTH, ["--num-layers", "6"], ["--num-layers 6 contradicts", "has 8"]),
-    "experts against the plan": (GROWTH, ["--num-experts=16"], ["--num-experts 16 contradicts", "has 8"]),
-    "top-k against the plan": (GROWTH, ["--moe-router-topk", "2"], ["--moe-router-topk 2 contradicts", "has 4"]),
-    "a layer pattern against the plan": (GROWTH, ["--moe-layer-freq", "[0]+[1]*7"], ["--moe-layer-freq", "contradicts"]),
-    "another checkpoint format": (GROWTH, ["--ckpt-format", "torch"], ["--ckpt-format 'torch'", "torch_dist"]),
-    "an iteration that is not there": (GROWTH, ["--ckpt-step", "8"], ["iter_0000008", "does not exist", "iter_0000007"]),
-}  # fmt: skip
+    "EP that does not divide": (
+        GROWTH,
+        ["--expert-model-parallel-size", "3"],
+        ["expert_model_parallel_size (3) must divide num_experts (8)"],
+    ),
+    "layers against the plan": (
+        GROWTH,
+        ["--num-layers", "6"],
+        ["--num-layers 6 contradicts", "has 8"],
+    ),
+    "experts against the plan": (
+        GROWTH,
+        ["--num-experts=16"],
+        ["--num-experts 16 contradicts", "has 8"],
+    ),
+    "top-k against the plan": (
+        GROWTH,
+        ["--moe-router-topk", "2"],
+        ["--moe-router-topk 2 contradicts", "has 4"],
+    ),
+    "a layer pattern against the plan": (
+        GROWTH,
+        ["--moe-layer-freq", "[0]+[1]*7"],
+        ["--moe-layer-freq", "contradicts"],
+    ),
+    "another checkpoint format": (
+        GROWTH,
+        ["--ckpt-format", "torch"],
+        ["--ckpt-format 'torch'", "torch_dist"],
+    ),
+    "an iteration that is not there": (
+        GROWTH,
+        ["--ckpt-step", "8"],
+        ["iter_0000008", "does not exist", "iter_0000007"],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -89,7 +132,9 @@ def test_a_half_written_base(tmp_path: Path) -> None:
 
 def test_width_of_a_dense_base(tmp_path: Path) -> None:
     dense = checkpoint(tmp_path / "base", Model(experts=0))
-    assert "needs experts to clone" in refusal(tmp_path, dense, {"width": {"factor": 2}, "optimizer": "reset"})
+    assert "needs experts to clone" in refusal(
+        tmp_path, dense, {"width": {"factor": 2}, "optimizer": "reset"}
+    )
 
 
 def test_a_key_that_the_grammar_does_not_know(tmp_path: Path) -> None:
@@ -110,11 +155,28 @@ def test_a_run_grown_by_another_configuration_is_not_taken_up(tmp_path: Path, ba
 def test_all_ranks_stop_and_one_speaks(module: str, tmp_path: Path, base: Path) -> None:
     file = tmp_path / "growth.yaml"
     file.write_text(yaml.safe_dump({"base": {"load": str(base)}, "growth": GROWTH}))
-    script = [str(REPOSITORY / "megatron_growth" / "demo" / "train.py")] if module.endswith("run") else []
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
+    script = (
+        [str(REPOSITORY / "megatron_growth" / "demo" / "train.py")]
+        if module.endswith("run")
+        else []
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        module,
+    ]
     command += [*script, "--growth-config", str(file), "--num-layers", "6"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("megatron_growth: error")]
+    (line,) = [
+        line for line in done.stderr.splitlines() if line.startswith("megatron_growth: error")
+    ]
     assert "--num-layers 6 contradicts" in line
-    assert f'File "{REPOSITORY}/megatron_growth' not in done.stderr  # torchrun prints a traceback of its own, not of ours
+    assert (
+        f'File "{REPOSITORY}/megatron_growth' not in done.stderr
+    )  # torchrun prints a traceback of its own, not of ours

@@ -1,8 +1,9 @@
 """What continues after growth: the optimizer in each format and rule, the learning rate, the data.
 
-The test of `optimizer: rescale` is the run that was not grown. Width at alpha = 0 keeps the function and splits every
-gradient evenly over the clones, so with moments rescaled as that asks, AdamW takes the same steps: the grown run
-follows the un-grown one, fifty steps long, within the error of fp32. Moments copied or dropped leave it at once.
+The test of `optimizer: rescale` is the run that was not grown. Width at alpha = 0 keeps the
+function and splits every gradient evenly over the clones, so with moments rescaled as that asks,
+AdamW takes the same steps: the grown run follows the un-grown one, fifty steps long, within the
+error of fp32. Moments copied or dropped leave it at once.
 """
 
 import subprocess
@@ -28,15 +29,27 @@ def changed(arguments: list[str], **values: str | None) -> list[str]:
         option = "--" + name.replace("_", "-")
         if option in words:
             at = words.index(option)
-            del words[at : at + (1 if at + 1 == len(words) or words[at + 1].startswith("--") else 2)]
+            del words[
+                at : at + (1 if at + 1 == len(words) or words[at + 1].startswith("--") else 2)
+            ]
         words += [] if value is None else [option, value] if value else [option]
     return words
 
 
-# A constant rate, no clipping, and an epsilon that vanishes beside any gradient: what is compared is Adam's arithmetic
-# alone. At the usual 1e-8 a clone with gradient g / m feels epsilon m times as strongly, and the paths part by 4e-4.
-RUN = changed([*MODEL, *NO_DROPOUT], lr_decay_style="constant", lr_warmup_iters=None, lr_decay_iters=None,
-            min_lr=None, clip_grad="0", adam_eps="1e-15", train_iters=str(BASE_STEPS), save_interval="1000")  # fmt: skip
+# A constant rate, no clipping, and an epsilon that vanishes beside any gradient: what is compared
+# is Adam's arithmetic alone. At the usual 1e-8 a clone with gradient g / m feels epsilon m times as
+# strongly, and the paths part by 4e-4.
+RUN = changed(
+    [*MODEL, *NO_DROPOUT],
+    lr_decay_style="constant",
+    lr_warmup_iters=None,
+    lr_decay_iters=None,
+    min_lr=None,
+    clip_grad="0",
+    adam_eps="1e-15",
+    train_iters=str(BASE_STEPS),
+    save_interval="1000",
+)
 PLAIN = changed(RUN, use_distributed_optimizer=None, dist_ckpt_optim_fully_reshardable=None)
 
 # name -> optimizer arguments and layout of the base, layout of the grown run.
@@ -64,17 +77,45 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 def continuing(more: int, layout: str, arguments: list[str] = RUN) -> list[str]:
     """The arguments of a run that loads: only what the base does not know."""
-    kept = "--micro-batch-size --global-batch-size --num-workers --eval-iters --eval-interval --log-interval".split()
+    kept = [
+        "--micro-batch-size",
+        "--global-batch-size",
+        "--num-workers",
+        "--eval-iters",
+        "--eval-interval",
+        "--log-interval",
+    ]
     words = [word for name in kept for word in (name, arguments[arguments.index(name) + 1])]
-    flags = ["--mock-data", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable", "--bf16",
-             "--check-weight-hash-across-dp-replicas-interval"]  # fmt: skip
-    words += [word for name in flags if name in arguments for word in [name, *(["1"] if "hash" in name else [])]]
-    return [*words, *layout.split(), "--train-iters", str(BASE_STEPS + more), "--save-interval", "1000"]
+    flags = [
+        "--mock-data",
+        "--use-distributed-optimizer",
+        "--dist-ckpt-optim-fully-reshardable",
+        "--bf16",
+        "--check-weight-hash-across-dp-replicas-interval",
+    ]
+    words += [
+        word
+        for name in flags
+        if name in arguments
+        for word in [name, *(["1"] if "hash" in name else [])]
+    ]
+    return [
+        *words,
+        *layout.split(),
+        "--train-iters",
+        str(BASE_STEPS + more),
+        "--save-interval",
+        "1000",
+    ]
 
 
 def _base(name: str, arguments: list[str], layout: str, save: Path) -> Job:
-    return Job(name, [*arguments, *layout.split(), "--save", str(save)],
-               contexts=("tests.megatron.probes:samples",), options={"samples": f"{save}.samples"})  # fmt: skip
+    return Job(
+        name,
+        [*arguments, *layout.split(), "--save", str(save)],
+        contexts=("tests.megatron.probes:samples",),
+        options={"samples": f"{save}.samples"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,21 +146,34 @@ def _format_jobs(folder: Path) -> list[Job]:
         save = folder / f"base of {name}"
         file = config_file(folder / f"{name}.yaml", save, growth)
         jobs.append(_base(f"base of {name}", arguments, layout, save))
-        jobs.append(Job(name, ["--growth-config", file, *continuing(2, new_layout, arguments)],
-                        after_setup="tests.megatron.probes:optimizer_steps",
-                        options=options(save, growth, stacked=True)))  # fmt: skip
+        jobs.append(
+            Job(
+                name,
+                ["--growth-config", file, *continuing(2, new_layout, arguments)],
+                after_setup="tests.megatron.probes:optimizer_steps",
+                options=options(save, growth, stacked=True),
+            )
+        )
     return jobs
 
 
 def _settings_jobs(folder: Path, base: Path) -> list[Job]:
     jobs = []
     for name, (settings, arguments) in SETTINGS.items():
-        file = config_file(folder / f"{name}.yaml", base, {"width": EXACT_WIDTH, "optimizer": "rescale"}, settings)
+        file = config_file(
+            folder / f"{name}.yaml", base, {"width": EXACT_WIDTH, "optimizer": "rescale"}, settings
+        )
         argv = ["--growth-config", file, *continuing(5, EP2), *arguments]
         if settings.get("iteration") == "reset":
             argv = changed(argv, train_iters="5")
-        jobs.append(Job(name, argv, contexts=("tests.megatron.probes:samples",),
-                        options={"samples": str(folder / f"{name}.samples")}))  # fmt: skip
+        jobs.append(
+            Job(
+                name,
+                argv,
+                contexts=("tests.megatron.probes:samples",),
+                options={"samples": str(folder / f"{name}.samples")},
+            )
+        )
     return jobs
 
 
@@ -130,7 +184,9 @@ def _distance(run: Result, other: Result) -> float:
 
 @pytest.mark.slow
 def test_rescaled_moments_follow_the_run_that_was_not_grown(runs: dict[str, Result]) -> None:
-    distance = {rule: _distance(runs[rule], runs["not grown"]) for rule in ("rescale", "copy", "reset")}
+    distance = {
+        rule: _distance(runs[rule], runs["not grown"]) for rule in ("rescale", "copy", "reset")
+    }
     print(distance)
     assert distance["rescale"] < 5e-6
     assert distance["copy"] > 100 * distance["rescale"]
@@ -141,8 +197,15 @@ def test_rescaled_moments_follow_the_run_that_was_not_grown(runs: dict[str, Resu
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_optimizer_format_loads_to_the_bit(name: str, runs: dict[str, Result]) -> None:
     assert [rank["wrong"] for rank in runs[name].after_setup] == [[]] * 4
-    held = {key.split(".")[2] for rank in runs[name].after_setup for key in rank["held"] if key.startswith("optim")}
-    masters = {"param"} if name.startswith("distributed") else {"fp32_param"} if "bf16" in name else set()
+    held = {
+        key.split(".")[2]
+        for rank in runs[name].after_setup
+        for key in rank["held"]
+        if key.startswith("optim")
+    }
+    masters = (
+        {"param"} if name.startswith("distributed") else {"fp32_param"} if "bf16" in name else set()
+    )
     assert held == {"exp_avg", "exp_avg_sq", *masters}
     assert {step for rank in runs[name].after_setup for step in rank["steps"]} == {BASE_STEPS}
 
@@ -170,35 +233,56 @@ def _samples(stem: Path) -> set[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, first",
-    [("kept", BASE_STEPS * SAMPLES_A_STEP), ("iteration anew", BASE_STEPS * SAMPLES_A_STEP), ("all anew", 0),
-     ("data from 200", 200)],  # fmt: skip
+    [
+        ("kept", BASE_STEPS * SAMPLES_A_STEP),
+        ("iteration anew", BASE_STEPS * SAMPLES_A_STEP),
+        ("all anew", 0),
+        ("data from 200", 200),
+    ],
 )
-def test_data_goes_on_where_it_should(name: str, first: int, runs: dict[str, Result], folder: Path) -> None:
+def test_data_goes_on_where_it_should(
+    name: str, first: int, runs: dict[str, Result], folder: Path
+) -> None:
     assert _samples(folder / "base.samples") == set(range(BASE_STEPS * SAMPLES_A_STEP))
     assert runs[name].iterations
     assert _samples(folder / f"{name}.samples") == set(range(first, first + 5 * SAMPLES_A_STEP))
 
 
 @pytest.mark.slow
-def test_the_default_format_is_refused_resharded_and_then_grown(runs: dict[str, Result], folder: Path) -> None:
+def test_the_default_format_is_refused_resharded_and_then_grown(
+    runs: dict[str, Result], folder: Path
+) -> None:
     base, new = folder / "default format", folder / "resharded"
     assert runs["default format"].iterations
     file = config_file(folder / "default.yaml", base, {"width": WIDTH, "optimizer": "rescale"})
     argv = ["--growth-config", file, *continuing(2, EP2)]
     refused = _torchrun(1, "megatron_growth.pretrain", argv)
     assert refused.returncode != 0
-    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("megatron_growth: error")]
+    (line,) = [
+        line for line in refused.stderr.splitlines() if line.startswith("megatron_growth: error")
+    ]
     assert "dp_reshardable" in line
     assert "megatron_growth.reshard" in line
     assert "optimizer: reset" in line
 
     done = _torchrun(4, "megatron_growth.reshard", ["--load", str(base), "--save", str(new)])
     assert done.returncode == 0, done.stderr[-3000:]
-    grown = _torchrun(4, "megatron_growth.pretrain", [*argv, "--load", str(new), "--save", str(folder / "last")])
+    grown = _torchrun(
+        4, "megatron_growth.pretrain", [*argv, "--load", str(new), "--save", str(folder / "last")]
+    )
     assert grown.returncode == 0, grown.stderr[-3000:]
     assert "grown and loaded" in grown.stdout
 
 
 def _torchrun(ranks: int, module: str, argv: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run([*command, "-m", module, *argv], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+    ]
+    return subprocess.run(
+        [*command, "-m", module, *argv], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )

@@ -2,8 +2,8 @@
 
 A small MoE model is trained for six iterations and saved after three. Every other layout loads that
 checkpoint with its optimizer and must go on exactly as the first run went on: same losses and same
-gradient norms. The gradient norm is the sharper of the two; sequence parallelism with unmarked norms
-moves the loss in the sixth digit only.
+gradient norms. The gradient norm is the sharper of the two; sequence parallelism with unmarked
+norms moves the loss in the sixth digit only.
 """
 
 import shlex

@@ -1,7 +1,9 @@
-"""The whole road: Megatron trains a base, its loader reads the grown view at another layout, training goes on.
+"""The whole road: Megatron trains a base, its loader reads the grown view at another layout,
+training goes on.
 
-Two bases, one for each key form and each saved at a layout of its own, are grown into many layouts. After each load
-every rank compares every parameter it holds, bit for bit, with the definition. One torchrun runs it all.
+Two bases, one for each key form and each saved at a layout of its own, are grown into many layouts.
+After each load every rank compares every parameter it holds, bit for bit, with the definition. One
+torchrun runs it all.
 """
 
 import json
@@ -24,12 +26,35 @@ WIDTH: dict[str, Any] = {"factor": 2, "order": "interleave"}
 EXACT_WIDTH: dict[str, Any] = {**WIDTH, "noise": {"experts": 0, "router": 0}}
 
 # What a run that loads must give itself: layout, batch and data; the rest is the base's.
-RUN = """
-    --micro-batch-size 1 --global-batch-size 4 --mock-data --num-workers 0 --eval-iters 0 --eval-interval 1000
-    --train-iters 9 --log-interval 1 --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable
-    --check-weight-hash-across-dp-replicas-interval 1 --lr 1e-3 --lr-decay-style constant --vocab-size 127
-    --tokenizer-type NullTokenizer
-""".split()
+RUN = [
+    "--micro-batch-size",
+    "1",
+    "--global-batch-size",
+    "4",
+    "--mock-data",
+    "--num-workers",
+    "0",
+    "--eval-iters",
+    "0",
+    "--eval-interval",
+    "1000",
+    "--train-iters",
+    "9",
+    "--log-interval",
+    "1",
+    "--use-distributed-optimizer",
+    "--dist-ckpt-optim-fully-reshardable",
+    "--check-weight-hash-across-dp-replicas-interval",
+    "1",
+    "--lr",
+    "1e-3",
+    "--lr-decay-style",
+    "constant",
+    "--vocab-size",
+    "127",
+    "--tokenizer-type",
+    "NullTokenizer",
+]
 
 # A first dense layer, an MTP module: keys by layer, and experts that depth growth must not touch.
 MIXED = "--moe-layer-freq ([0]+[1]*3) --mtp-num-layers 1"
@@ -43,10 +68,26 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "PP2 EP2": ("stacked", f"{PP2} {EP2}", {"depth": DEPTH, "width": WIDTH}),
     "EP4": ("stacked", EP4, {"depth": DEPTH, "width": WIDTH}),
     "EP4, appended threefold": ("stacked", EP4, {"width": {"factor": 3, "order": "append"}}),
-    "PP2 EP2, moments": ("stacked", f"{PP2} {EP2}", {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"}),
-    "TP2 ETP2, moments": ("stacked", f"{TP2} {ETP2}", {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"}),
-    "EP2, stacked to per-layer": ("stacked", f"{EP2} --moe-layer-freq [1]*8", {"depth": DEPTH, "width": WIDTH}),
-    "mixed TP2 EP2": ("mixed", f"{TP2} {EP2} {ETP1}", {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"}),
+    "PP2 EP2, moments": (
+        "stacked",
+        f"{PP2} {EP2}",
+        {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"},
+    ),
+    "TP2 ETP2, moments": (
+        "stacked",
+        f"{TP2} {ETP2}",
+        {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"},
+    ),
+    "EP2, stacked to per-layer": (
+        "stacked",
+        f"{EP2} --moe-layer-freq [1]*8",
+        {"depth": DEPTH, "width": WIDTH},
+    ),
+    "mixed TP2 EP2": (
+        "mixed",
+        f"{TP2} {EP2} {ETP1}",
+        {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"},
+    ),
     "mixed PP2 EP2": ("mixed", f"{PP2} {EP2}", {"depth": DEPTH, "width": WIDTH}),
 }
 # Growth that keeps the function: name -> growth.
@@ -57,7 +98,9 @@ EXACT = {
 }
 
 
-def config_file(path: Path, base: Path, growth: dict[str, Any], settings: dict[str, Any] | None = None) -> str:
+def config_file(
+    path: Path, base: Path, growth: dict[str, Any], settings: dict[str, Any] | None = None
+) -> str:
     content = {
         "base": {"load": str(base)},
         "growth": {"optimizer": "reset", **growth},
@@ -92,12 +135,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path) -> dict[str, Result]:
     base = {name: folder / name for name in BASES}
     jobs = [
-        Job(name, [*MODEL, *NO_DROPOUT, *layout.split(), "--save", str(base[name]), "--save-interval", "6"])
+        Job(
+            name,
+            [
+                *MODEL,
+                *NO_DROPOUT,
+                *layout.split(),
+                "--save",
+                str(base[name]),
+                "--save-interval",
+                "6",
+            ],
+        )
         for name, layout in BASES.items()
     ]
     for name, (source, layout, growth) in LAYOUTS.items():
         file = config_file(folder / f"{name}.yaml", base[source], growth)
-        about = options(base[source], growth, stacked=source == "stacked" and "--moe-layer-freq" not in layout)
+        about = options(
+            base[source], growth, stacked=source == "stacked" and "--moe-layer-freq" not in layout
+        )
         jobs.append(Job(name, ["--growth-config", file, *RUN, *layout.split()],
                         after_setup="tests.megatron.probes:compare", options=about))  # fmt: skip
     plain = [*MODEL, *NO_DROPOUT, *EP2.split(), "--load", str(base["stacked"])]
@@ -105,9 +161,18 @@ def runs(folder: Path) -> dict[str, Result]:
                     options={"logits": str(folder / "base.pt")}))  # fmt: skip
     for name, growth in EXACT.items():
         file = config_file(folder / f"{name}.yaml", base["stacked"], growth)
-        about = {**options(base["stacked"], growth, stacked=True), "logits": str(folder / f"{name}.pt")}
-        jobs.append(Job(name, ["--growth-config", file, *RUN, *EP2.split()],
-                        after_setup="tests.megatron.probes:compare_and_logits", options=about))  # fmt: skip
+        about = {
+            **options(base["stacked"], growth, stacked=True),
+            "logits": str(folder / f"{name}.pt"),
+        }
+        jobs.append(
+            Job(
+                name,
+                ["--growth-config", file, *RUN, *EP2.split()],
+                after_setup="tests.megatron.probes:compare_and_logits",
+                options=about,
+            )
+        )
     jobs += _started_twice(folder, base["stacked"])
     return run_jobs(4, jobs, timeout=1200, directory=folder / "driver")
 
@@ -118,8 +183,18 @@ def _started_twice(folder: Path, base: Path) -> list[Job]:
     argv = ["--growth-config", file, *RUN, *EP2.split(), "--train-iters", "12",
             "--save", str(folder / "twice"), "--save-interval", "100"]  # fmt: skip
     again = config_file(folder / "again.yaml", folder / "twice", {"depth": {"target_layers": 10}})
-    chained = ["--growth-config", again, *RUN, *EP2.split(), "--train-iters", "14", "--save", str(folder / "chained"),
-               "--save-interval", "100"]  # fmt: skip
+    chained = [
+        "--growth-config",
+        again,
+        *RUN,
+        *EP2.split(),
+        "--train-iters",
+        "14",
+        "--save",
+        str(folder / "chained"),
+        "--save-interval",
+        "100",
+    ]
     return [
         Job("first start", [*argv, "--exit-interval", "8"]),
         Job("second start", argv, after_setup="tests.megatron.probes:iteration"),
@@ -129,12 +204,19 @@ def _started_twice(folder: Path, base: Path) -> list[Job]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*LAYOUTS, *EXACT])
-def test_every_loaded_parameter_of_every_rank_is_the_definitions(name: str, runs: dict[str, Result]) -> None:
+def test_every_loaded_parameter_of_every_rank_is_the_definitions(
+    name: str, runs: dict[str, Result]
+) -> None:
     ranks = runs[name].after_setup
     assert [rank["wrong"] for rank in ranks] == [[], [], [], []]
     assert min(rank["elements"] for rank in ranks) > 10_000
     held = {key for rank in ranks for key in rank["held"]}
-    assert {key.split(".")[-2] for key in held} >= {"word_embeddings", "router", "linear_fc1", "linear_qkv"}
+    assert {key.split(".")[-2] for key in held} >= {
+        "word_embeddings",
+        "router",
+        "linear_fc1",
+        "linear_qkv",
+    }
 
 
 @pytest.mark.slow
@@ -168,16 +250,22 @@ def test_growth_without_noise_keeps_the_logits_of_real_text(
 
 
 @pytest.mark.slow
-def test_depth_with_zero_output_keeps_the_logits_to_the_bit(runs: dict[str, Result], folder: Path) -> None:
+def test_depth_with_zero_output_keeps_the_logits_to_the_bit(
+    runs: dict[str, Result], folder: Path
+) -> None:
     assert runs["depth, zero output"].iterations
     assert torch.equal(torch.load(folder / "base.pt"), torch.load(folder / "depth, zero output.pt"))
 
 
 @pytest.mark.slow
-def test_a_second_start_resumes_and_does_not_grow_again(runs: dict[str, Result], folder: Path) -> None:
+def test_a_second_start_resumes_and_does_not_grow_again(
+    runs: dict[str, Result], folder: Path
+) -> None:
     assert runs["first start"].iterations == [7, 8]
     assert runs["second start"].iterations == [9, 10, 11, 12]
-    assert runs["second start"].after_setup == [{"num_layers": 8, "load": str(folder / "twice")}] * 4
+    assert (
+        runs["second start"].after_setup == [{"num_layers": 8, "load": str(folder / "twice")}] * 4
+    )
     written = json.loads((folder / "twice" / "growth_manifest.json").read_text())
     assert (written["iteration"], written["plan"]["target"]["num_layers"]) == (6, 8)
     log = (folder / "driver" / "log.txt").read_text()

@@ -1,7 +1,9 @@
-"""The router rules against Megatron's own router: random logits, cloned, routed, compared with the base's.
+"""The router rules against Megatron's own router: random logits, cloned, routed, compared with the
+base's.
 
-`grow` does what growth at alpha = 0 does: it clones the logits' columns, multiplies top-k, and applies the
-rules' rewrites. The function is kept if the weights of each expert's clones add up to its weight.
+`grow` does what growth at alpha = 0 does: it clones the logits' columns, multiplies top-k, and
+applies the rules' rewrites. The function is kept if the weights of each expert's clones add up to
+its weight.
 """
 
 import math
@@ -82,13 +84,16 @@ KEPT: dict[str, tuple[int, dict[str, Any]]] = {
     "three aux losses": (3, _aux(["aux_loss", "seq_aux_loss", "global_aux_loss"], [0.1, 0.2, 0.3])),
     "capacity, by probability": (2, _capacity("probs")),
     "capacity, by position": (2, {**SIGMOID, **_capacity("position")}),
-    "capacity, padded": (3, {**PRE_SOFTMAX, **_capacity("probs", moe_pad_expert_input_to_capacity=True)}),
+    "capacity, padded": (
+        3,
+        {**PRE_SOFTMAX, **_capacity("probs", moe_pad_expert_input_to_capacity=True)},
+    ),
     "quantile balancing": (2, QUANTILE),
     "quantile balancing, sigmoid": (3, {**SIGMOID, **QUANTILE}),
     "quantile balancing, top-1": (1, {**PRE_SOFTMAX, **QUANTILE}),
     "sinkhorn, top-2": (2, SINKHORN),
     "sinkhorn, which ignores scores and groups": (3, {**SIGMOID, **SINKHORN, **_groups(4, 2)}),
-}  # fmt: skip
+}
 
 # Interleaved clones do not keep these, so `auto` must append.
 UNLUCKY_GROUPS = {
@@ -157,9 +162,15 @@ def make_router(num_experts: int, top_k: int, options: dict[str, Any]) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=1, hidden_size=8, num_attention_heads=1, add_bias_linear=False,
-        num_moe_experts=num_experts, moe_router_topk=top_k, moe_token_dispatcher_type="alltoall", **options,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        add_bias_linear=False,
+        num_moe_experts=num_experts,
+        moe_router_topk=top_k,
+        moe_token_dispatcher_type="alltoall",
+        **options,
+    )
     group = dist.group.WORLD
     router = TopKRouter(config, SimpleNamespace(tp=group, cp=group, tp_cp=group, tp_dp_cp=group))
     router.set_layer_number(1)
@@ -182,7 +193,10 @@ def route(
         cotangent: of the weights, [tokens, experts]: what each expert's output is worth.
         balance: the expert bias or qb_beta to begin with.
     """
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_logging import (
+        destroy_moe_metrics_tracker,
+        get_moe_metrics_tracker,
+    )
     from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 
     destroy_moe_metrics_tracker()
@@ -214,14 +228,18 @@ class Comparison:
 
     def fold(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the clones of each expert."""
-        return torch.zeros_like(self.base.weights).index_add_(1, self.sources, values.to(self.base.weights))
+        return torch.zeros_like(self.base.weights).index_add_(
+            1, self.sources, values.to(self.base.weights)
+        )
 
     def clone(self, values: torch.Tensor) -> torch.Tensor:
         return values[..., self.sources]
 
     @property
     def sources(self) -> torch.Tensor:
-        return torch.tensor([self.experts.source(e) for e in range(self.experts.num_target)], device=DEVICE)
+        return torch.tensor(
+            [self.experts.source(e) for e in range(self.experts.num_target)], device=DEVICE
+        )
 
     @property
     def difference(self) -> float:
@@ -244,7 +262,8 @@ def grow(
     """Route the base and the model grown as the rules say.
 
     Args:
-        arguments: that the grown model has instead of the base's, and `order` as it is; None for the rules'.
+        arguments: that the grown model has instead of the base's, and `order` as it is; None for
+            the rules'.
         park: lower the balancing bias of clones by this.
     """
     if arguments is None:
@@ -278,19 +297,25 @@ def growth(
 
 
 def assert_kept(compared: Comparison) -> None:
-    """Weights, destinations, losses, gradients and balancing: the base's, split evenly over the clones."""
+    """Weights, destinations, losses, gradients and balancing: the base's, split evenly over the
+    clones."""
     base, grown, m = compared.base, compared.grown, compared.experts.factor
     assert base.map.any()
     assert base.gradient.abs().max() > 1e-4
     assert torch.equal(compared.clone(base.map), grown.map)
     torch.testing.assert_close(compared.fold(grown.weights), base.weights, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(grown.gradient, compared.clone(base.gradient) / m, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        grown.gradient, compared.clone(base.gradient) / m, rtol=1e-4, atol=1e-6
+    )
     assert grown.losses == pytest.approx(base.losses, rel=1e-5)
     if base.balance is not None:
-        torch.testing.assert_close(grown.balance, compared.clone(base.balance), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            grown.balance, compared.clone(base.balance), rtol=1e-5, atol=1e-6
+        )
 
 
-# -- top-k scaled --------------------------------------------------------------------------------------------
+# -- top-k scaled
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["interleave", "append"])
@@ -327,14 +352,17 @@ def test_appended_groups_must_be_multiplied(m: int) -> None:
 
 
 def test_which_groups_interleaving_keeps_is_exactly_what_the_rule_says() -> None:
-    """Over numbers of groups, groups used and experts taken; for k < g upstream scores no group at all."""
+    """Over numbers of groups, groups used and experts taken; for k < g upstream scores no group at
+    all."""
     seen = {True: 0, False: 0}
     for num_groups, m in product((2, 3, 4, 6), (2, 3, 4)):
         for g, k in product(range(1, num_groups + 1), range(1, 9)):
             if not g <= k <= g * E // num_groups:
                 continue
             options = (
-                {**SIGMOID, **_groups(num_groups, g)} if k > 1 else {**PRE_SOFTMAX, **_groups(num_groups, g)}
+                {**SIGMOID, **_groups(num_groups, g)}
+                if k > 1
+                else {**PRE_SOFTMAX, **_groups(num_groups, g)}
             )
             try:
                 growth(k, options, m, "interleave")
@@ -386,7 +414,8 @@ def test_softmax_after_top_1_would_be_kept_but_upstream_refuses_it() -> None:
         make_router(E, 1, {})
 
 
-# -- z-loss --------------------------------------------------------------------------------------------------
+# -- z-loss
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["interleave", "append"])
@@ -405,7 +434,8 @@ def test_the_z_loss_changes_by_ln_m_and_the_output_does_not(m: int, order: str) 
 
 @pytest.mark.parametrize("m", [2, 3])
 def test_the_advised_coefficient_keeps_the_z_losss_pull(m: int) -> None:
-    """Exactly where logits are 0, the number it gives; nearly with L from the log, the formula it gives."""
+    """Exactly where logits are 0, the number it gives; nearly with L from the log, the formula it
+    gives."""
     from megatron.core.transformer.moe.moe_utils import z_loss_func
 
     def pull(logits: torch.Tensor, coefficient: float) -> torch.Tensor:
@@ -425,14 +455,16 @@ def test_the_advised_coefficient_keeps_the_z_losss_pull(m: int) -> None:
     root = float(z_loss_func(logits, 1.0).sqrt())
     wanted = pull(logits, 0.1)
     near, unchanged = (
-        (pull(logits.repeat_interleave(m, 1), c).view(T, E, m).sum(-1) - wanted).norm() / wanted.norm()
+        (pull(logits.repeat_interleave(m, 1), c).view(T, E, m).sum(-1) - wanted).norm()
+        / wanted.norm()
         for c in (0.1 * root / (root + math.log(m)), 0.1)
     )
     assert near < 0.06
     assert unchanged > 0.2
 
 
-# -- 16 bits -------------------------------------------------------------------------------------------------
+# -- 16 bits
+# -------------------------------------------------------------------------------------------------
 
 
 def test_a_16_bit_router_keeps_the_function_up_to_ties() -> None:
@@ -440,13 +472,16 @@ def test_a_16_bit_router_keeps_the_function_up_to_ties() -> None:
 
     def changed(logits: torch.Tensor) -> float:
         base, grown = _weights(logits, 8, {}), _weights(logits.repeat_interleave(2, 1), 16, {})
-        return float(((grown > 0).view(-1, 64, 2) != (base > 0).unsqueeze(-1)).any(-1).any(-1).float().mean())
+        return float(
+            ((grown > 0).view(-1, 64, 2) != (base > 0).unsqueeze(-1)).any(-1).any(-1).float().mean()
+        )
 
     assert changed(logits) == 0
     assert 0.005 < changed(logits.bfloat16()) < 0.1
 
 
-# -- top-k kept ----------------------------------------------------------------------------------------------
+# -- top-k kept
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["interleave", "append"])
@@ -460,7 +495,9 @@ def test_top_1_kept_keeps_the_function(row: str, m: int, order: str) -> None:
 
 @pytest.mark.parametrize("m", [2, 3])
 def test_softmax_before_a_kept_top_1_needs_the_scaling_factor(m: int) -> None:
-    assert dict(growth(1, PRE_SOFTMAX, m, "auto", "keep").arguments) == {"moe_router_topk_scaling_factor": m}
+    assert dict(growth(1, PRE_SOFTMAX, m, "auto", "keep").arguments) == {
+        "moe_router_topk_scaling_factor": m
+    }
     compared = grow(1, PRE_SOFTMAX, m, "interleave", mode="keep", arguments={})
     torch.testing.assert_close(compared.fold(compared.grown.weights) * m, compared.base.weights)
 
@@ -477,17 +514,23 @@ def test_more_than_top_1_kept_takes_clones_of_fewer_experts(
     used = (compared.fold(compared.grown.map) > 0).sum(-1)
     assert set(used.tolist()) == {math.ceil(4 / m)}
     assert compared.difference > 0.05
-    assert any("another function" in note.text for note in growth(4, options, m, order, "keep").notes)
+    assert any(
+        "another function" in note.text for note in growth(4, options, m, order, "keep").notes
+    )
 
 
 @pytest.mark.parametrize("order", ["interleave", "append"])
 @pytest.mark.parametrize("m", [2, 3])
 @pytest.mark.parametrize("groups", [{}, _groups(4, 2)], ids=["no groups", "groups"])
-def test_parked_clones_keep_the_function_at_a_kept_top_k(groups: dict[str, Any], m: int, order: str) -> None:
+def test_parked_clones_keep_the_function_at_a_kept_top_k(
+    groups: dict[str, Any], m: int, order: str
+) -> None:
     compared = grow(4, {**BIAS, **groups}, m, order, mode="keep", park=5.0)
     assert compared.difference < 1e-6
     assert torch.equal(compared.fold(compared.grown.map) > 0, compared.base.map)
-    assert any("parked" in note.text for note in growth(4, {**BIAS, **groups}, m, order, "keep").notes)
+    assert any(
+        "parked" in note.text for note in growth(4, {**BIAS, **groups}, m, order, "keep").notes
+    )
 
 
 def test_a_kept_top_k_and_the_base_s_capacity_drop_tokens() -> None:
@@ -504,7 +547,8 @@ def test_quantile_balancing_at_a_kept_top_k_stops_on_an_uneven_batch() -> None:
     assert any("divisible" in note.text for note in growth(2, QUANTILE, 5, "auto", "keep").notes)
 
 
-# -- the whole layer: what stands around the router ----------------------------------------------------------
+# -- the whole layer: what stands around the router
+# ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -522,11 +566,20 @@ def make_layer(num_experts: int, top_k: int, options: dict[str, Any]) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=1, hidden_size=16, num_attention_heads=1, ffn_hidden_size=8, moe_ffn_hidden_size=8,
-        gated_linear_unit=True, activation_func=torch.nn.functional.silu, use_cpu_initialization=True,
-        init_method_std=0.5, num_moe_experts=num_experts, moe_router_topk=top_k,
-        moe_token_dispatcher_type="alltoall", **options,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=1,
+        ffn_hidden_size=8,
+        moe_ffn_hidden_size=8,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        use_cpu_initialization=True,
+        init_method_std=0.5,
+        num_moe_experts=num_experts,
+        moe_router_topk=top_k,
+        moe_token_dispatcher_type="alltoall",
+        **options,
+    )
     spec = get_moe_module_spec(use_te=False, num_experts=num_experts, moe_grouped_gemm=False)
     layer = spec(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
     layer.set_layer_number(1)
@@ -550,13 +603,21 @@ def grown_layer(base: Any, top_k: int, options: dict[str, Any], experts: ExpertM
     return layer
 
 
-SHARED = {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_gate": True, "add_bias_linear": False}
+SHARED = {
+    "moe_shared_expert_intermediate_size": 8,
+    "moe_shared_expert_gate": True,
+    "add_bias_linear": False,
+}
 LAYERS = {
     "shared experts with a gate": (2, SIGMOID | SHARED, "scale", "interleave"),
     "expert biases": (2, {"add_bias_linear": True}, "scale", "append"),
     "weights on the input, top-1 kept": (
-        1, SIGMOID | {"moe_apply_probs_on_input": True, "add_bias_linear": False}, "keep", "interleave"),
-}  # fmt: skip
+        1,
+        SIGMOID | {"moe_apply_probs_on_input": True, "add_bias_linear": False},
+        "keep",
+        "interleave",
+    ),
+}
 
 
 @pytest.mark.parametrize("row", LAYERS)
@@ -572,7 +633,9 @@ def test_the_whole_layer_keeps_its_output(row: str, parallel: None) -> None:
     for name, parameter in base.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
-    grown = grown_layer(base, top_k * (2 if mode == "scale" else 1), options, ExpertMap(4, 2, made.order))
+    grown = grown_layer(
+        base, top_k * (2 if mode == "scale" else 1), options, ExpertMap(4, 2, made.order)
+    )
     hidden = random(SEQUENCE, BATCH, 16)
     with torch.no_grad():
         wanted, got = (layer(hidden)[0] for layer in (base, grown))

@@ -51,7 +51,14 @@ def test_the_depth_section_says_which_layers(depth: dict, sources: tuple[int, ..
 
 def test_the_width_section_says_which_experts() -> None:
     plan = _plan(
-        {"width": {"factor": 3, "order": "append", "top_k": "keep", "noise": {"experts": 0.5, "router": 0}}}
+        {
+            "width": {
+                "factor": 3,
+                "order": "append",
+                "top_k": "keep",
+                "noise": {"experts": 0.5, "router": 0},
+            }
+        }
     )
     assert plan.target == Architecture(4, 24, 2, "stacked")
     assert plan.experts.order == "append"
@@ -66,7 +73,11 @@ def test_depth_and_width_grow_together() -> None:
 
 def test_the_target_may_have_the_other_key_form() -> None:
     plan = _plan({"depth": {"new_layer_init": "zero_output"}}, target_form="per_layer")
-    assert (plan.source.key_form, plan.target.key_form, plan.zero_output) == ("stacked", "per_layer", True)
+    assert (plan.source.key_form, plan.target.key_form, plan.zero_output) == (
+        "stacked",
+        "per_layer",
+        True,
+    )
 
 
 def test_masters_are_dropped_with_the_optimizer_state_that_holds_them() -> None:
@@ -95,7 +106,8 @@ def test_a_dense_base_grows_in_depth() -> None:
         (
             {"depth": {"skip_first": 3, "skip_last": 3}},
             MOE,
-            "skip_first (3) + skip_last (3) leave no layer of 4 to grow; they must sum to less than 4",
+            "skip_first (3) + skip_last (3) leave no layer of 4 to grow; they must sum to less "
+            "than 4",
         ),
         (
             {"depth": {}},
@@ -111,7 +123,8 @@ def test_a_dense_base_grows_in_depth() -> None:
         (
             {"depth": {"method": "map", "map": [0, 1, 2, 3, 4]}},
             MOE,
-            "depth.map names layer 4 but the source has layers 0 to 3; use layers of the source only",
+            "depth.map names layer 4 but the source has layers 0 to 3; use layers of the source "
+            "only",
         ),
     ],
 )

@@ -20,7 +20,8 @@ def stored(shapes: dict[str, tuple[int, ...]], itemsize: int = 2) -> list[Stored
 
 
 def paper_17b() -> list[StoredTensor]:
-    """The paper's 17B: hidden 2048, expert ffn 1024, SwiGLU, GQA; head counts and vocabulary are inferred."""
+    """The paper's 17B: hidden 2048, expert ffn 1024, SwiGLU, GQA; head counts and vocabulary are
+    inferred."""
     layers, experts, hidden, ffn, kv, vocab = 28, 96, 2048, 1024, 512, 190464
     return stored(
         {
@@ -31,7 +32,12 @@ def paper_17b() -> list[StoredTensor]:
             "decoder.layers.self_attention.linear_proj.weight": (layers, hidden, hidden),
             "decoder.layers.pre_mlp_layernorm.weight": (layers, hidden),
             "decoder.layers.mlp.router.weight": (layers, experts, hidden),
-            "decoder.layers.mlp.experts.experts.linear_fc1.weight": (layers, experts, 2 * ffn, hidden),
+            "decoder.layers.mlp.experts.experts.linear_fc1.weight": (
+                layers,
+                experts,
+                2 * ffn,
+                hidden,
+            ),
             "decoder.layers.mlp.experts.experts.linear_fc2.weight": (layers, experts, hidden, ffn),
         }
     )
@@ -106,8 +112,11 @@ def test_per_layer_keys_count_as_the_stack_does():
     stack = stored({f"decoder.layers.{name}": (3, *shape)})
     growth = GrowthConfig(depth=DEPTH, width=WIDTH)
     counts = []
-    for tensors, form, target in [(stack, "stacked", "stacked"), (per_layer, "per_layer", "per_layer"),
-                                  (per_layer, "per_layer", "stacked")]:  # fmt: skip
+    for tensors, form, target in [
+        (stack, "stacked", "stacked"),
+        (per_layer, "per_layer", "per_layer"),
+        (per_layer, "per_layer", "stacked"),
+    ]:
         plan = build_plan(growth, Architecture(3, 8, 2, form), target_form=target)
         counts.append(count_parameters(grown_tensors(plan, tensors), plan.target))
     assert counts[0].total == 6 * 2 * math.prod(shape)
@@ -121,7 +130,11 @@ def test_roads_count_bytes_of_weights_and_optimizer_states():
     load, copy = roads(grow(depth=DEPTH, width=WIDTH), base)
     source = 28 * 96 * 4 * (2 + 4 + 4)
     assert (load.read, load.written, load.delivered) == (source, 0, 4 * source)
-    assert (copy.read, copy.written, copy.delivered) == (source + 4 * source, 4 * source, 4 * source)
+    assert (copy.read, copy.written, copy.delivered) == (
+        source + 4 * source,
+        4 * source,
+        4 * source,
+    )
 
 
 def test_reset_neither_reads_nor_delivers_optimizer_states():

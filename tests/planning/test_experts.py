@@ -16,15 +16,21 @@ ORDERS = [
 
 
 @pytest.mark.parametrize(("order", "factor", "expected"), ORDERS)
-def test_clones_stand_where_the_order_says(order, factor: int, expected: list[tuple[int, int]]) -> None:
+def test_clones_stand_where_the_order_says(
+    order, factor: int, expected: list[tuple[int, int]]
+) -> None:
     experts = ExpertMap(3, factor, order)
     assert experts.num_target == len(expected)
-    assert [(experts.source(e), experts.clone_index(e)) for e in range(experts.num_target)] == expected
+    assert [
+        (experts.source(e), experts.clone_index(e)) for e in range(experts.num_target)
+    ] == expected
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 9), st.integers(1, 5), st.sampled_from(["interleave", "append"]))
-def test_targets_invert_the_map_and_the_original_comes_first(num_source: int, factor: int, order) -> None:
+def test_targets_invert_the_map_and_the_original_comes_first(
+    num_source: int, factor: int, order
+) -> None:
     experts = ExpertMap(num_source, factor, order)
     for target in range(experts.num_target):
         assert experts.targets(experts.source(target))[experts.clone_index(target)] == target

@@ -5,7 +5,14 @@ from itertools import product
 import pytest
 
 from megatron_growth.errors import CheckpointError
-from megatron_growth.planning.keys import LAYER_RULES, MTP_RULES, OUTSIDE_RULES, Rule, parse, parse_object
+from megatron_growth.planning.keys import (
+    LAYER_RULES,
+    MTP_RULES,
+    OUTSIDE_RULES,
+    Rule,
+    parse,
+    parse_object,
+)
 
 STATES = (None, "param", "fp32_param", "exp_avg", "exp_avg_sq")
 # text before a layer's name: place, layer, wrapper
@@ -25,8 +32,8 @@ def _all_places() -> list:
     return [(rule, place) for rules, places in tables for rule, place in product(rules, places)]
 
 
-# What Megatron 0.17 to 0.19 writes inside a layer, and what growth must do with it: from its source, not from
-# our table.
+# What Megatron 0.17 to 0.19 writes inside a layer, and what growth must do with it: from its
+# source, not from our table.
 E, N, R = "expert axis", "noise", "residual output"
 NAMES = {
     "mlp.experts.experts.linear_fc1.weight": {E, N},
@@ -91,7 +98,9 @@ def _traits(rule: Rule) -> set[str]:
 @pytest.mark.parametrize(
     ("rule", "place"), _all_places(), ids=lambda v: v.example if isinstance(v, Rule) else v[0]
 )
-def test_every_example_parses_in_every_place_and_state_and_is_written_back(rule: Rule, place) -> None:
+def test_every_example_parses_in_every_place_and_state_and_is_written_back(
+    rule: Rule, place
+) -> None:
     before, kind, layer, wrapper = place
     read = 0
     for state in (None,) if rule.is_object else STATES:
@@ -113,7 +122,9 @@ def test_every_tensor_of_a_layer_grows_as_it_must(name: str) -> None:
 
 
 def test_the_noise_of_experts_and_of_the_router_are_told_apart() -> None:
-    noises = {name: parse(f"decoder.layers.{name}").rule.noise for name in NAMES if N in NAMES[name]}
+    noises = {
+        name: parse(f"decoder.layers.{name}").rule.noise for name in NAMES if N in NAMES[name]
+    }
     assert noises == {
         "mlp.experts.experts.linear_fc1.weight": "experts",
         "mlp.experts.experts.linear_fc2.weight": "experts",
@@ -122,7 +133,8 @@ def test_the_noise_of_experts_and_of_the_router_are_told_apart() -> None:
 
 
 def test_no_rule_shadows_another() -> None:
-    """One rule matches each name; only the catch-all of extra states, the last, overlaps the experts' own."""
+    """One rule matches each name; only the catch-all of extra states, the last, overlaps the
+    experts' own."""
     examined = 0
     for rules in (LAYER_RULES, MTP_RULES, OUTSIDE_RULES):
         names = {rule.example for rule in rules} | (set(NAMES) if rules is LAYER_RULES else set())
@@ -148,7 +160,11 @@ def test_every_rule_matches_its_own_example_first() -> None:
     ("text", "position", "grid"),
     [
         ("decoder.layers.self_attention.linear_qkv._extra_state/shard_2_4", (2,), (4,)),
-        ("decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_2.1_4.8", (2, 1), (4, 8)),
+        (
+            "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_2.1_4.8",
+            (2, 1),
+            (4, 8),
+        ),
         ("decoder.layers.3.mlp.experts.experts.linear_fc2._extra_state/shard_10_16", (10,), (16,)),
         ("mtp.layers.0.eh_proj._extra_state/shard_0_1", (0,), (1,)),
         ("rng_state/shard_0.0_2.2", (0, 0), (2, 2)),
@@ -156,7 +172,9 @@ def test_every_rule_matches_its_own_example_first() -> None:
         ("common_state/shard_0_1", (0,), (1,)),
     ],
 )
-def test_an_object_key_names_its_place_in_a_grid_and_is_written_back(text: str, position, grid) -> None:
+def test_an_object_key_names_its_place_in_a_grid_and_is_written_back(
+    text: str, position, grid
+) -> None:
     read = parse_object(text)
     assert (read.position, read.grid) == (position, grid)
     assert read.key.rule.is_object
@@ -164,14 +182,21 @@ def test_an_object_key_names_its_place_in_a_grid_and_is_written_back(text: str, 
 
 
 def test_an_object_without_a_grid_is_one_alone() -> None:
-    read = parse_object("decoder.layers.0.self_attention.linear_qkv._extra_state")
+    read = parse_object("output_layer._extra_state")
     assert (read.position, read.grid) == ((), ())
+
+
+def test_a_layers_object_without_a_grid_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="does not say which layer it is of"):
+        parse_object("decoder.layers.0.self_attention.linear_qkv._extra_state")
 
 
 def test_a_key_moves_between_layers_and_states() -> None:
     key = parse("decoder.layers.mlp.router.weight")
     assert str(key.at(5)) == "decoder.layers.5.mlp.router.weight"
-    assert str(key.at(5).of("exp_avg")) == "optimizer.state.exp_avg.decoder.layers.5.mlp.router.weight"
+    assert (
+        str(key.at(5).of("exp_avg")) == "optimizer.state.exp_avg.decoder.layers.5.mlp.router.weight"
+    )
     assert key.at(5).of("param").at(None).of(None) == key
 
 
@@ -200,16 +225,20 @@ _UNKNOWN = (
     "not known; add a rule there or save the base without it"
 )
 _DP_RESHARDABLE = (
-    "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; change it with "
-    "`torchrun ... -m megatron_growth.reshard`, train the base with --dist-ckpt-optim-fully-reshardable, "
+    "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; change it "
+    "with "
+    "`torchrun ... -m megatron_growth.reshard`, train the base with "
+    "--dist-ckpt-optim-fully-reshardable, "
     "or grow weights only with `optimizer: reset`"
 )
 _SINGLETON = (
-    "experts saved one key each (singleton_local_shards) cannot be grown; save the base with megatron-core "
+    "experts saved one key each (singleton_local_shards) cannot be grown; save the base with "
+    "megatron-core "
     "0.17 to 0.19, which stacks them"
 )
 _BUFFER = (
-    "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0.param"
+    "optimizer.distributed.dp_group_idx_0."
+    "gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0.param"
 )
 
 
@@ -231,7 +260,10 @@ _BUFFER = (
         ("chained_1." + _BUFFER, _DP_RESHARDABLE),
         ("decoder.layers.3.mlp.experts.experts.0.linear_fc1.weight_w", _SINGLETON),
         ("decoder.layers.mlp.experts.experts.11.linear_fc2.weight", _SINGLETON),
-        ("optimizer.state.param.decoder.layers.3.mlp.experts.experts.0.linear_fc1.weight_v", _SINGLETON),
+        (
+            "optimizer.state.param.decoder.layers.3.mlp.experts.experts.0.linear_fc1.weight_v",
+            _SINGLETON,
+        ),
     ],
 )
 def test_a_key_that_is_not_understood_is_refused_with_the_reason(text: str, reason: str) -> None:

@@ -53,7 +53,9 @@ def make_plan(
     experts = ExpertMap(num_experts, factor, order)
     plan = GrowthPlan(
         source=Architecture(layers.num_source, num_experts, 2, source_form),
-        target=Architecture(layers.num_target, experts.num_target, 2 * factor, target_form or source_form),
+        target=Architecture(
+            layers.num_target, experts.num_target, 2 * factor, target_form or source_form
+        ),
         layers=layers,
         experts=experts,
         zero_output=False,
@@ -77,7 +79,9 @@ def _points(box: Box) -> list[tuple[int, ...]]:
 def plans(draw: st.DrawFn) -> GrowthPlan:
     num_layers = draw(st.integers(1, 3))
     sources = draw(
-        st.permutations([*range(num_layers), *draw(st.lists(st.integers(0, num_layers - 1), max_size=4))])
+        st.permutations(
+            [*range(num_layers), *draw(st.lists(st.integers(0, num_layers - 1), max_size=4))]
+        )
     )
     return make_plan(
         LayerMap(num_layers, tuple(sources)),
@@ -89,7 +93,9 @@ def plans(draw: st.DrawFn) -> GrowthPlan:
         zero_output=draw(st.booleans()),
         masters=draw(st.sampled_from([None, "param", "fp32_param"])),
         arguments=draw(
-            st.sampled_from([(), (("moe_router_num_groups", 8), ("moe_router_topk_scaling_factor", 2.5))])
+            st.sampled_from(
+                [(), (("moe_router_num_groups", 8), ("moe_router_topk_scaling_factor", 2.5))]
+            )
         ),
     )
 
@@ -98,7 +104,9 @@ def plans(draw: st.DrawFn) -> GrowthPlan:
 def targets(draw: st.DrawFn, plan: GrowthPlan) -> tuple[str, tuple[int, ...], Box]:
     """The key of a target tensor, its shape, and a box of it."""
     name = draw(st.sampled_from(list(TENSORS)))
-    shape: tuple[int, ...] = tuple(plan.target.num_experts if n == "E" else n for n in TENSORS[name])  # type: ignore[misc]
+    shape: tuple[int, ...] = tuple(
+        plan.target.num_experts if n == "E" else n for n in TENSORS[name]
+    )  # type: ignore[misc]
     place = "decoder.layers."
     if plan.target.key_form == "per_layer":
         place += f"{draw(st.integers(0, plan.target.num_layers - 1))}."
@@ -156,7 +164,7 @@ def test_boxes_intersect_as_sets_of_points_do() -> None:
     assert Box((), ()).numel == 1
 
 
-# -- transforms ----------------------------------------------------------------------------------------------
+# -- transforms ------------------------------------------------------------------------------------
 
 
 def test_a_clone_gets_noise_and_the_original_its_own_bits() -> None:
@@ -165,11 +173,15 @@ def test_a_clone_gets_noise_and_the_original_its_own_bits() -> None:
     original, clone = plan.resolve(key, shape, Box((5, 2, 0, 0), (1, 2, 6, 4)))
     assert (original.source, original.transform) == (Box((2, 1, 0, 0), (1, 1, 6, 4)), Copy())
     assert (clone.source, clone.target) == (original.source, Box((5, 3, 0, 0), (1, 1, 6, 4)))
-    assert clone.transform == Noise(0.01, Stream(1234, key, 5, 3), Box((2, 1, 0, 0), (1, 1, 6, 4)), 2)
+    assert clone.transform == Noise(
+        0.01, Stream(1234, key, 5, 3), Box((2, 1, 0, 0), (1, 1, 6, 4)), 2
+    )
 
 
 def test_sigma_is_of_the_whole_projection_however_small_the_box() -> None:
-    (piece,) = make_plan().resolve(f"decoder.layers.{FC1}", (6, 4, 6, 4), Box((0, 1, 2, 3), (1, 1, 1, 1)))
+    (piece,) = make_plan().resolve(
+        f"decoder.layers.{FC1}", (6, 4, 6, 4), Box((0, 1, 2, 3), (1, 1, 1, 1))
+    )
     assert isinstance(piece.transform, Noise)
     assert piece.transform.scope == Box((0, 0, 0, 0), (1, 1, 6, 4))
 
@@ -178,7 +190,9 @@ def test_router_noise_has_its_own_scale_and_the_sigma_of_the_layers_whole_router
     pieces = make_plan().resolve(f"decoder.layers.{ROUTER}", (6, 4, 4), Box((2, 0, 0), (1, 4, 4)))
     assert [type(piece.transform) for piece in pieces] == [Copy, Noise, Copy, Noise]
     noise = pieces[3].transform
-    assert noise == Noise(0.02, Stream(1234, f"decoder.layers.{ROUTER}", 2, 3), Box((1, 0, 0), (1, 2, 4)), 2)
+    assert noise == Noise(
+        0.02, Stream(1234, f"decoder.layers.{ROUTER}", 2, 3), Box((1, 0, 0), (1, 2, 4)), 2
+    )
 
 
 def test_noise_goes_by_the_same_stream_in_both_key_forms() -> None:
@@ -239,7 +253,9 @@ def test_moments_of_experts_and_router_rows_are_divided_as_their_gradient_is_spl
     plan = make_plan(factor=factor, optimizer=optimizer)
     for name in (FC1, FC2, ROUTER):
         shape = (6, *(plan.target.num_experts if n == "E" else n for n in TENSORS[name]))
-        pieces = plan.resolve(f"optimizer.state.{state}.decoder.layers.{name}", shape, _whole(shape))  # type: ignore[arg-type]
+        pieces = plan.resolve(
+            f"optimizer.state.{state}.decoder.layers.{name}", shape, _whole(shape)
+        )  # type: ignore[arg-type]
         assert [piece.transform for piece in pieces] == [expected] * (6 * plan.target.num_experts)
     (piece, *_) = plan.resolve(
         f"optimizer.state.{state}.decoder.layers.{QKV}", (6, 12, 4), _whole((6, 12, 4))
@@ -250,7 +266,9 @@ def test_moments_of_experts_and_router_rows_are_divided_as_their_gradient_is_spl
 def test_depth_copies_keep_their_moments_even_where_their_output_starts_at_zero() -> None:
     plan = make_plan(factor=1, zero_output=True)
     key = "optimizer.state.exp_avg.decoder.layers.self_attention.linear_proj.weight"
-    assert {piece.transform for piece in plan.resolve(key, (6, 4, 4), _whole((6, 4, 4)))} == {Copy()}
+    assert {piece.transform for piece in plan.resolve(key, (6, 4, 4), _whole((6, 4, 4)))} == {
+        Copy()
+    }
 
 
 @pytest.mark.parametrize("state", ["", "optimizer.state.param.", "optimizer.state.fp32_param."])
@@ -275,27 +293,37 @@ def test_zero_output_zeroes_what_the_copies_write_into_the_residual_stream(
 
 
 def test_zero_output_silences_the_clones_of_copies_too() -> None:
-    pieces = make_plan(zero_output=True).resolve(f"decoder.layers.{FC2}", (6, 4, 4, 3), _whole((6, 4, 4, 3)))
+    pieces = make_plan(zero_output=True).resolve(
+        f"decoder.layers.{FC2}", (6, 4, 4, 3), _whole((6, 4, 4, 3))
+    )
     assert [type(piece.transform) for piece in pieces] == ([Copy, Noise] * 2 + [Zero] * 4) * 3
 
 
-def test_with_masters_the_weights_of_clones_are_made_from_them_and_all_else_from_the_weights() -> None:
+def test_with_masters_the_weights_of_clones_are_made_from_them_and_all_else_from_the_weights() -> (
+    None
+):
     plan = make_plan(masters="param")
     key = f"decoder.layers.{FC1}"
     original, clone = plan.resolve(key, (6, 4, 6, 4), Box((0, 0, 0, 0), (1, 2, 6, 4)))
     assert (original.source_key, clone.source_key) == (key, f"optimizer.state.param.{key}")
-    _, master = plan.resolve(f"optimizer.state.param.{key}", (6, 4, 6, 4), Box((0, 0, 0, 0), (1, 2, 6, 4)))
+    _, master = plan.resolve(
+        f"optimizer.state.param.{key}", (6, 4, 6, 4), Box((0, 0, 0, 0), (1, 2, 6, 4))
+    )
     assert (master.source_key, master.transform) == (clone.source_key, clone.transform)
 
 
 def test_what_is_outside_the_layers_is_itself() -> None:
     box = Box((3, 0), (2, 4))
     (piece,) = make_plan().resolve("embedding.word_embeddings.weight", (10, 4), box)
-    assert (piece.source_key, piece.source, piece.target) == ("embedding.word_embeddings.weight", box, box)
+    assert (piece.source_key, piece.source, piece.target) == (
+        "embedding.word_embeddings.weight",
+        box,
+        box,
+    )
     assert piece.transform == Copy()
 
 
-# -- target names and shapes ---------------------------------------------------------------------------------
+# -- target names and shapes -----------------------------------------------------------------------
 
 
 def _targets(plan: GrowthPlan, key: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -306,7 +334,9 @@ def test_depth_grows_axis_0_of_a_stack_and_width_the_expert_axis() -> None:
     assert _targets(make_plan(), f"decoder.layers.{FC1}", (3, 2, 6, 4)) == {
         f"decoder.layers.{FC1}": (6, 4, 6, 4)
     }
-    assert _targets(make_plan(), f"decoder.layers.{QKV}", (3, 12, 4)) == {f"decoder.layers.{QKV}": (6, 12, 4)}
+    assert _targets(make_plan(), f"decoder.layers.{QKV}", (3, 12, 4)) == {
+        f"decoder.layers.{QKV}": (6, 12, 4)
+    }
     assert _targets(make_plan(factor=1), f"decoder.layers.{FC1}", (3, 2, 6, 4)) == {
         f"decoder.layers.{FC1}": (6, 2, 6, 4)
     }
@@ -329,7 +359,9 @@ def test_either_key_form_grows_into_the_other() -> None:
         f"decoder.layers.{t}.{QKV}": (12, 4) for t in range(6)
     }
     stacked = make_plan(source_form="per_layer", target_form="stacked")
-    assert _targets(stacked, f"decoder.layers.1.{FC1}", (2, 6, 4)) == {f"decoder.layers.{FC1}": (6, 4, 6, 4)}
+    assert _targets(stacked, f"decoder.layers.1.{FC1}", (2, 6, 4)) == {
+        f"decoder.layers.{FC1}": (6, 4, 6, 4)
+    }
 
 
 def test_outside_and_mtp_tensors_keep_their_keys() -> None:
@@ -402,7 +434,7 @@ def test_a_tensor_that_contradicts_the_model_is_refused(
     assert str(refusal.value) == message
 
 
-# -- JSON ----------------------------------------------------------------------------------------------------
+# -- JSON ------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=40)
@@ -443,7 +475,9 @@ def test_the_fingerprint_changes_with_every_field() -> None:
     assert [set(change) for change in architecture] == [{f.name} for f in fields(Architecture)]
     assert set(changes) == {f.name for f in fields(GrowthPlan)}
     changed = [
-        replace(plan, **{name: value}).fingerprint for name, values in changes.items() for value in values
+        replace(plan, **{name: value}).fingerprint
+        for name, values in changes.items()
+        for value in values
     ]
     assert len({plan.fingerprint, *changed}) == 1 + len(changed)
 
@@ -451,4 +485,7 @@ def test_the_fingerprint_changes_with_every_field() -> None:
 def test_the_fingerprint_is_a_matter_of_the_plan_alone() -> None:
     """Pinned: a plan written yesterday has the same fingerprint today, in every process."""
     assert make_plan().fingerprint == make_plan().fingerprint
-    assert make_plan().fingerprint == "159fce167c07e683ff1249b978dacd225af1cda7686c7463ef347ff252d96b76"
+    assert (
+        make_plan().fingerprint
+        == "159fce167c07e683ff1249b978dacd225af1cda7686c7463ef347ff252d96b76"
+    )

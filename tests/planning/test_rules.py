@@ -1,4 +1,5 @@
-"""The router rules as values; that they are true is shown in tests/megatron/test_router_rules.py."""
+"""The router rules as values; that they are true is shown in
+tests/megatron/test_router_rules.py."""
 
 import json
 from argparse import Namespace
@@ -24,11 +25,20 @@ def _said(router: Router, m: int = 2, **how) -> list[tuple[str, str]]:
 
 def test_a_router_is_read_from_megatrons_arguments() -> None:
     args = Namespace(
-        num_experts=8, moe_router_topk=3, moe_router_score_function="sigmoid", moe_router_num_groups=4,
-        moe_router_group_topk=2, moe_router_topk_scaling_factor=2.5, moe_z_loss_coeff=1e-3,
-        moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"], moe_router_enable_expert_bias=True,
-        moe_apply_probs_on_input=False, moe_expert_capacity_factor=None, moe_router_dtype=None, bf16=True,
-    )  # fmt: skip
+        num_experts=8,
+        moe_router_topk=3,
+        moe_router_score_function="sigmoid",
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_router_topk_scaling_factor=2.5,
+        moe_z_loss_coeff=1e-3,
+        moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"],
+        moe_router_enable_expert_bias=True,
+        moe_apply_probs_on_input=False,
+        moe_expert_capacity_factor=None,
+        moe_router_dtype=None,
+        bf16=True,
+    )
     assert read_router(args) == replace(
         GROUPED, scaling_factor=2.5, z_loss_coeff=1e-3, balancing=("aux_loss", "seq_aux_loss"),
         expert_bias=True, half_precision=True,
@@ -60,7 +70,9 @@ def test_groups_are_rewritten_when_appended_and_only_then() -> None:
     ]
     assert apply(replace(GROUPED, top_k=4), 2, order="append").arguments == appended
     assert apply(GROUPED, 2, top_k="keep").arguments == ()
-    assert apply(GROUPED, 2, order="append", top_k="keep").arguments == (("moe_router_num_groups", 8),)
+    assert apply(GROUPED, 2, order="append", top_k="keep").arguments == (
+        ("moe_router_num_groups", 8),
+    )
     assert apply(replace(GROUPED, balancing=("sinkhorn",)), 2).order == "interleave"
 
 
@@ -70,7 +82,9 @@ def test_a_scaling_factor_is_multiplied_where_one_clone_of_softmax_is_taken() ->
     assert growth.arguments == (("moe_router_topk_scaling_factor", 5.0),)
     assert growth.notes[-1].text.startswith("moe_router_topk_scaling_factor 2.5 -> 5: ")
     assert (
-        apply(router, 3, top_k="keep").notes[-1].text.startswith("moe_router_topk_scaling_factor none -> 3: ")
+        apply(router, 3, top_k="keep")
+        .notes[-1]
+        .text.startswith("moe_router_topk_scaling_factor none -> 3: ")
     )
     assert apply(replace(router, top_k=2), 2, top_k="keep").arguments == ()
 
@@ -111,13 +125,16 @@ def test_what_is_said(router: Router, how: dict, said: list[tuple[str, str]]) ->
         (
             replace(SIGMOID, top_k=1),
             {},
-            "moe_router_score_function 'sigmoid' weighs one expert by its score, but divides those of "
-            "several by their sum, so top-1 cannot become top-2 and keep the function; use `top_k: keep`",
+            "moe_router_score_function 'sigmoid' weighs one expert by its score, but divides those "
+            "of "
+            "several by their sum, so top-1 cannot become top-2 and keep the function; use `top_k: "
+            "keep`",
         ),
         (
             replace(SOFTMAX, top_k=1, balancing=("sinkhorn",)),
             {},
-            "moe_router_load_balancing_type 'sinkhorn' weighs one expert by sigmoid, but several by softmax, "
+            "moe_router_load_balancing_type 'sinkhorn' weighs one expert by sigmoid, but several "
+            "by softmax, "
             "so top-1 cannot become top-2 and keep the function; use `top_k: keep`",
         ),
         (
@@ -129,19 +146,22 @@ def test_what_is_said(router: Router, how: dict, said: list[tuple[str, str]]) ->
         (
             GROUPED,
             {"order": "interleave"},
-            "order 'interleave' changes the groups that a token uses: each is scored by its best 2 * 3 // 2 "
+            "order 'interleave' changes the groups that a token uses: each is scored by its best 2 "
+            "* 3 // 2 "
             "= 3 experts, which are not 2 clones of the best 3 // 2 = 1; use `order: auto`",
         ),
         (
             replace(SOFTMAX, score_function="entmax"),
             {"top_k": "keep"},
-            "moe_router_score_function 'entmax' is not known, so neither is what cloning does to it; "
+            "moe_router_score_function 'entmax' is not known, so neither is what cloning does to "
+            "it; "
             "known: softmax, sigmoid, sqrtsoftplus",
         ),
         (
             replace(SOFTMAX, balancing=("auction",)),
             {},
-            "moe_router_load_balancing_type 'auction' is not known, so neither is what cloning does to it; "
+            "moe_router_load_balancing_type 'auction' is not known, so neither is what cloning "
+            "does to it; "
             "known: aux_loss, seq_aux_loss, global_aux_loss, sinkhorn, quantile_balancing, none",
         ),
     ],
@@ -152,12 +172,15 @@ def test_what_is_refused(router: Router, how: dict, message: str) -> None:
     assert str(refusal.value) == message
 
 
-# -- in the plan -------------------------------------------------------------------------------------------
+# -- in the plan
+# -------------------------------------------------------------------------------------------
 
 SOURCE = Architecture(num_layers=4, num_experts=8, top_k=3, key_form="stacked")
 
 
-def _plan(growth: dict, router: Router | None = GROUPED, source: Architecture = SOURCE) -> GrowthPlan:
+def _plan(
+    growth: dict, router: Router | None = GROUPED, source: Architecture = SOURCE
+) -> GrowthPlan:
     return build_plan(GrowthConfig.model_validate(growth), source, router=router)
 
 
@@ -166,8 +189,11 @@ def test_the_plan_takes_order_and_arguments_from_the_rules() -> None:
     assert plan.experts.order == "append"
     changes = architecture_changes(Namespace(num_layers=4), plan)
     assert changes == {
-        "num_experts": 16, "moe_router_topk": 6, "moe_router_num_groups": 8, "moe_router_group_topk": 4,
-    }  # fmt: skip
+        "num_experts": 16,
+        "moe_router_topk": 6,
+        "moe_router_num_groups": 8,
+        "moe_router_group_topk": 4,
+    }
     assert GrowthPlan.from_json(plan.to_json()) == plan
 
 

@@ -1,10 +1,11 @@
-"""Does a grown checkpoint hold exactly what the plan says? Answered by another route than growth takes.
+"""Does a grown checkpoint hold exactly what the plan says? Answered by another route than growth
+takes.
 
-Growth asks, for a box of the target, where it comes from. Verification asks, for each layer and expert of
-the base, what must have become of it, and works out every target value again from the definition. It shares
-with growth what the definition itself is made of: the key grammar's splitting of keys, the layer and expert
-maps, the raw noise stream. Of all else it has its own: boxes, chunks and transforms, sigma, which tensors are
-cloned, noisy or zeroed. So a mistake in either shows.
+Growth asks, for a box of the target, where it comes from. Verification asks, for each layer and
+expert of the base, what must have become of it, and works out every target value again from the
+definition. It shares with growth what the definition itself is made of: the key grammar's splitting
+of keys, the layer and expert maps, the raw noise stream. Of all else it has its own: boxes, chunks
+and transforms, sigma, which tensors are cloned, noisy or zeroed. So a mistake in either shows.
 
     definition.py   the definition: which targets a part of the base has, and their values
     values.py       sigma and noise

@@ -9,7 +9,8 @@ from megatron_growth.checkpoint.verify.problem import Problem
 from megatron_growth.planning.patterns import PATTERN_ARGUMENTS, written_out
 from megatron_growth.planning.plan import GrowthPlan
 
-# What growth leaves as it is, of the arguments that shape a model. A run's other arguments are its own.
+# What growth leaves as it is, of the arguments that shape a model. A run's other arguments are its
+# own.
 _SHAPE_ARGUMENTS = (
     "hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
     "moe_latent_size", "num_attention_heads", "num_query_groups", "kv_channels", "mtp_num_layers",
@@ -45,6 +46,7 @@ def _wrong_arguments(plan: GrowthPlan, base: Namespace, grown: Namespace) -> Ite
     wanted["num_layers"] = num_layers
     if getattr(base, "encoder_num_layers", None) is not None:
         wanted["encoder_num_layers"] = num_layers
+    wanted.update(plan.arguments)
     wanted["num_experts"] = plan.experts.num_target or None
     if plan.experts.num_target:
         wanted["moe_router_topk"] = plan.target.top_k
@@ -61,7 +63,8 @@ def _wrong_arguments(plan: GrowthPlan, base: Namespace, grown: Namespace) -> Ite
     layout = getattr(base, "pipeline_model_parallel_layout", None)
     same = getattr(grown, "pipeline_model_parallel_layout", None) == layout
     if layout is not None and same and num_layers > plan.layers.num_source:
-        yield f"args.pipeline_model_parallel_layout names the base's {plan.layers.num_source} layers"
+        layers = plan.layers.num_source
+        yield f"args.pipeline_model_parallel_layout names the base's {layers} layers"
 
 
 def _wrong_optimizer(plan: GrowthPlan, base: Any, grown: Any) -> Iterator[str]:

@@ -1,11 +1,11 @@
 """The definition of a grown checkpoint, one source layer and one source expert at a time.
 
     copy       every target of a source holds its bits
-    clone      target experts that are no originals: fp32(source) + fp32(alpha * sigma) * z, from the fp32
-               master where there is one; a weight is the cast of its grown master
+    clone      target experts that are no originals: fp32(source) + fp32(alpha * sigma) * z, from
+               the fp32 master where there is one; a weight is the cast of its grown master
     zero       with zero_output, what depth copies add to the residual stream
-    moment     with rescale, of whatever has an expert axis, originals and clones alike: exp_avg / m,
-               exp_avg_sq / m^2
+    moment     with rescale, of whatever has an expert axis, originals and clones alike:
+               exp_avg / m, exp_avg_sq / m^2
 
 sigma is taken over one projection of one source expert, or over a layer's router matrix.
 """
@@ -36,14 +36,15 @@ _RESIDUAL_OUTPUTS = frozenset(
         "mlp.shared_experts.linear_fc2",
         "mlp.experts.experts.linear_fc2",
     )
-)
+) | {"mlp.fc2_latent_proj.bias"}
 _MASTERS = ("param", "fp32_param")
 _MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}  # the power of the gradient
 
 
 @dataclass(frozen=True)
 class Part:
-    """One layer's, or one layer's and expert's, share of a stored tensor: `place` on its leading axes."""
+    """One layer's, or one layer's and expert's, share of a stored tensor: `place` on its leading
+    axes."""
 
     key: str
     place: Place
@@ -51,7 +52,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Target:
-    """What becomes of a source part: `layer` and `expert` of the grown model, None without such an axis."""
+    """What becomes of a source part: `layer` and `expert` of the grown model, None without such an
+    axis."""
 
     layer: int | None
     expert: int | None
@@ -101,7 +103,8 @@ class Definition:
         self._keys = {text: parse(text) for text in base}
         self._in_key = plan.target.key_form == "per_layer"
 
-    # -- what there must be --------------------------------------------------------------------------------
+    # -- what there must be
+    # --------------------------------------------------------------------------------
 
     def shapes(self) -> dict[str, tuple[str, Shape]]:
         """Every target key, with a source key it is made from and its global shape."""
@@ -113,7 +116,9 @@ class Definition:
             layers: list[int | None] = [None]
             if key.place == "decoder":
                 sources = range(self._base[text][0]) if key.is_stacked else [key.layer]
-                layers = [t for t, source in enumerate(self._plan.layers.sources) if source in sources]
+                layers = [
+                    t for t, source in enumerate(self._plan.layers.sources) if source in sources
+                ]
             for layer in layers:
                 target = self.part(key, Target(layer, None))
                 lead = (len(self._plan.layers.sources),) if target.place else ()
@@ -141,8 +146,12 @@ class Definition:
         """What becomes of a source part."""
         layers: list[int | None] = [None]
         if source.layer is not None:
-            layers = [t for t, origin in enumerate(self._plan.layers.sources) if origin == source.layer]
-        experts: list[int | None] = [None] if source.expert is None else [*self._experts(source.expert)]
+            layers = [
+                t for t, origin in enumerate(self._plan.layers.sources) if origin == source.layer
+            ]
+        experts: list[int | None] = (
+            [None] if source.expert is None else [*self._experts(source.expert)]
+        )
         return [Target(layer, expert) for layer in layers for expert in experts]
 
     def part(self, key: Key, target: Target) -> Part:
@@ -154,7 +163,8 @@ class Definition:
         experts = self._plan.experts
         return [target for target in range(experts.num_target) if experts.source(target) == source]
 
-    # -- what their values must be -------------------------------------------------------------------------
+    # -- what their values must be
+    # -------------------------------------------------------------------------
 
     def is_noisy(self, source: Source, target: Target) -> bool:
         """Whether the target is a clone that draws noise."""
@@ -206,7 +216,8 @@ class Definition:
         return whose
 
     def _clones(self, source: Source) -> int:
-        """Over how many target experts a source's gradient is split, as far as moments are rescaled."""
+        """Over how many target experts a source's gradient is split, as far as moments are
+        rescaled."""
         if self._plan.optimizer == "copy" or source.expert is None:
             return 1
         return len(self._experts(source.expert))
@@ -217,9 +228,15 @@ class Definition:
         return self._plan.noise.router if source.tensor.name == _ROUTER_NOISE else 0.0
 
     def _is_zero(self, source: Source, target: Target) -> bool:
-        if not self._plan.zero_output or target.layer is None or source.tensor.name not in _RESIDUAL_OUTPUTS:
+        if (
+            not self._plan.zero_output
+            or target.layer is None
+            or source.tensor.name not in _RESIDUAL_OUTPUTS
+        ):
             return False
-        return source.layer in self._plan.layers.sources[: target.layer]  # an earlier target is the original
+        return (
+            source.layer in self._plan.layers.sources[: target.layer]
+        )  # an earlier target is the original
 
 
 def is_moment(state: str | None) -> bool:

@@ -1,8 +1,9 @@
 """Every pickled object.
 
-Extra states (fp8 scales, say) sit one at each grid position, `<key>/shard_<layer>.<expert>_<L>.<E>`; a grown
-one is its source's. The state of a run (random numbers, the rerun machine) has a grid of ranks, and a run has
-its own: that it is whole is checked, what is in it is not.
+Extra states (fp8 scales, say) sit one at each grid position,
+`<key>/shard_<layer>.<expert>_<L>.<E>`; a grown one is its source's. The state of a run (random
+numbers, the rerun machine) has a grid of ranks, and a run has its own: that it is whole is checked,
+what is in it is not.
 """
 
 import io
@@ -28,7 +29,9 @@ _RUN_STATE = ("rng_state", "rerun_state_machine_state", "common_state")
 _BATCH = 256  # source objects in memory at a time, with all that became of them
 
 
-def check_objects(plan: GrowthPlan, base: Stored, grown: Stored, report: Callable[[Problem], None]) -> int:
+def check_objects(
+    plan: GrowthPlan, base: Stored, grown: Stored, report: Callable[[Problem], None]
+) -> int:
     """Compare every object but the state of a run; how many were compared."""
     sources = [key for key in base.objects if not _is_run_state(key)]
     expected = {target: source for source in sources for target in _targets(plan, source)}
@@ -85,7 +88,8 @@ def _equal(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-# -- which objects there must be -----------------------------------------------------------------------------
+# -- which objects there must be
+# -----------------------------------------------------------------------------
 
 
 def _targets(plan: GrowthPlan, text: str) -> Iterator[str]:
@@ -109,7 +113,9 @@ def _targets(plan: GrowthPlan, text: str) -> Iterator[str]:
     inner = [(position, grid)]
     if of_experts:
         experts = plan.experts
-        clones = [target for target in range(experts.num_target) if experts.source(target) == position[0]]
+        clones = [
+            target for target in range(experts.num_target) if experts.source(target) == position[0]
+        ]
         inner = [((clone, *position[1:]), (experts.num_target, *grid[1:])) for clone in clones]
     num_layers = len(plan.layers.sources)
     for place, whole in inner:
@@ -142,7 +148,9 @@ def _check_run_state(base: Stored, grown: Stored, report: Callable[[Problem], No
         shards = [match for match in matches if match["base"] == name]
         grids = {match["grid"] for match in shards}
         if len(grids) != 1:
-            report(Problem(name, "is missing" if not grids else f"has shards of {len(grids)} grids"))
+            report(
+                Problem(name, "is missing" if not grids else f"has shards of {len(grids)} grids")
+            )
         elif name != "common_state" and len(shards) != (whole := _grid_size(grids.pop())):
             report(Problem(name, f"has {len(shards)} of its {whole} shards"))
 

@@ -1,4 +1,5 @@
-"""The manifest beside a grown checkpoint: whether what it says of the growth, and of the base, holds."""
+"""The manifest beside a grown checkpoint: whether what it says of the growth, and of the base,
+holds."""
 
 import hashlib
 import json
@@ -34,11 +35,14 @@ def plan_of(written: dict[str, Any], name: str) -> GrowthPlan:
         return GrowthPlan.from_json(json.dumps(written["plan"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{name} holds no whole plan ({type(error).__name__}: {error}); restore it, or give --config"
+            f"{name} holds no whole plan ({type(error).__name__}: {error}); restore it, or give "
+            "--config"
         ) from None
 
 
-def check_manifest(written: dict[str, Any], plan: GrowthPlan, source: SourceCheckpoint) -> Iterator[Problem]:
+def check_manifest(
+    written: dict[str, Any], plan: GrowthPlan, source: SourceCheckpoint
+) -> Iterator[Problem]:
     """What in the manifest contradicts itself or the base."""
     actual = {
         "plan_fingerprint": _hash(_canonical(written["plan"])),
@@ -54,7 +58,9 @@ def check_manifest(written: dict[str, Any], plan: GrowthPlan, source: SourceChec
     yield from _check_growth(written, plan, source)
 
 
-def _check_growth(written: dict[str, Any], plan: GrowthPlan, source: SourceCheckpoint) -> Iterator[Problem]:
+def _check_growth(
+    written: dict[str, Any], plan: GrowthPlan, source: SourceCheckpoint
+) -> Iterator[Problem]:
     """The configuration it names, planned anew for this base, gives the plan it holds."""
     try:
         growth = GrowthConfig.model_validate(written.get("growth"))
@@ -63,13 +69,17 @@ def _check_growth(written: dict[str, Any], plan: GrowthPlan, source: SourceCheck
         )
     except (ValidationError, PlanError) as error:
         line = " ".join(str(error).split())
-        yield Problem(manifest.MANIFEST, f"has a growth that cannot be planned for this base: {line}")
+        yield Problem(
+            manifest.MANIFEST, f"has a growth that cannot be planned for this base: {line}"
+        )
         return
     before, after = json.loads(plan.to_json()), json.loads(again.to_json())
     for field in before:
         if before[field] != after[field]:
             said = f"has a plan with {field} {before[field]!r}"
-            yield Problem(manifest.MANIFEST, f"{said}, but its growth of this base gives {after[field]!r}")
+            yield Problem(
+                manifest.MANIFEST, f"{said}, but its growth of this base gives {after[field]!r}"
+            )
 
 
 def _canonical(plan: dict[str, Any]) -> bytes:

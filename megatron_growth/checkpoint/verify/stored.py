@@ -1,7 +1,8 @@
 """A checkpoint's tensors and objects through a DCP reader, one part at a time.
 
-A part is read as the whole chunks that touch it, and the latest chunks are kept a while: a chunk that several
-parts share (a router's, of all experts) is read about once when parts are asked for in the order they lie.
+A part is read as the whole chunks that touch it, and the latest chunks are kept a while: a chunk
+that several parts share (a router's, of all experts) is read about once when parts are asked for in
+the order they lie.
 """
 
 import io
@@ -47,10 +48,16 @@ class Stored:
         metadata: Metadata,
         is_wanted: Callable[[str], bool] = lambda key: True,
     ) -> None:
-        entries = {key: entry for key, entry in metadata.state_dict_metadata.items() if is_wanted(key)}
+        entries = {
+            key: entry for key, entry in metadata.state_dict_metadata.items() if is_wanted(key)
+        }
         self.name = name
-        self.tensors = {key: e for key, e in entries.items() if isinstance(e, TensorStorageMetadata)}
-        self.objects = frozenset(key for key, e in entries.items() if isinstance(e, BytesStorageMetadata))
+        self.tensors = {
+            key: e for key, e in entries.items() if isinstance(e, TensorStorageMetadata)
+        }
+        self.objects = frozenset(
+            key for key, e in entries.items() if isinstance(e, BytesStorageMetadata)
+        )
         self._reader = reader
         self._storage = metadata.storage_data or {}
         self._by_place: dict[tuple[str, int], dict[Place, list[ChunkStorageMetadata]]] = {}
@@ -80,12 +87,15 @@ class Stored:
         values = torch.empty(self.tensors[part.key].size[lead:], dtype=self.dtype(part.key))
         covered = 0
         for chunk, stored in zip(chunks, self._read_chunks(part.key, chunks), strict=True):
-            inside = stored[tuple(at - start for at, start in zip(part.place, chunk.offsets, strict=False))]
+            inside = stored[
+                tuple(at - start for at, start in zip(part.place, chunk.offsets, strict=False))
+            ]
             values[_slices(chunk)[lead:]] = inside
             covered += inside.numel()
         if covered != values.numel() or any(_overlap(a, b) for a, b in combinations(chunks, 2)):
             raise CheckpointError(
-                f"the chunks of {part.key} in {self.name} hold {covered} of the {values.numel()} elements at "
+                f"the chunks of {part.key} in {self.name} hold {covered} of the {values.numel()} "
+                "elements at "
                 f"{list(part.place)}, each at most once; the checkpoint is damaged"
             )
         return values
@@ -144,7 +154,9 @@ class Stored:
 
 
 def _slices(chunk: ChunkStorageMetadata) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+    return tuple(
+        slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
+    )
 
 
 def _overlap(a: ChunkStorageMetadata, b: ChunkStorageMetadata) -> bool:

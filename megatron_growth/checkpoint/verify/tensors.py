@@ -1,8 +1,8 @@
 """Every tensor of a grown checkpoint against the definition, bit for bit.
 
-The base is walked in the order that it lies on storage. While one of its parts is in memory, all that became
-of it is read, compared and dropped: memory is a few times one (layer, expert) tensor or one chunk, whatever
-the model.
+The base is walked in the order that it lies on storage. While one of its parts is in memory, all
+that became of it is read, compared and dropped: memory is a few times one (layer, expert) tensor or
+one chunk, whatever the model.
 """
 
 import math
@@ -27,7 +27,12 @@ from megatron_growth.errors import CheckpointError
 Progress = Callable[[int, int], None]  # bytes compared, bytes in all
 Report = Callable[[Problem], None]
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as an element
+_INTEGERS = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # as wide as an element
 
 
 class TensorCheck:
@@ -94,10 +99,14 @@ class TensorCheck:
             numel = math.prod(self._grown.shape(key))
             if self.elements[key] != numel:
                 self._report(
-                    Problem(key, f"has {numel} elements, of which the base explains {self.elements[key]}")
+                    Problem(
+                        key,
+                        f"has {numel} elements, of which the base explains {self.elements[key]}",
+                    )
                 )
 
-    # -- one part of the base, and all that became of it ---------------------------------------------------
+    # -- one part of the base, and all that became of it
+    # ---------------------------------------------------
 
     def _check(self, source: Source) -> None:
         states = [state for state in source.states if not is_moment(state)]
@@ -115,7 +124,11 @@ class TensorCheck:
                 self._check_moment(source, state)
 
     def _check_weight(
-        self, source: Source, target: Target, state: str | None, exact: dict[str | None, torch.Tensor]
+        self,
+        source: Source,
+        target: Target,
+        state: str | None,
+        exact: dict[str | None, torch.Tensor],
     ) -> torch.Tensor | None:
         """One target's weight or master; what it holds."""
         origin, sigma = state, 0.0
@@ -165,7 +178,8 @@ class TensorCheck:
             self._report(Problem(part.key, what, target.layer, target.expert, *differing))
         return found
 
-    # -- looked up -----------------------------------------------------------------------------------------
+    # -- looked up
+    # -----------------------------------------------------------------------------------------
 
     def _sigma(self, source: Source, state: str | None) -> float:
         part = source.sigma_part(state)

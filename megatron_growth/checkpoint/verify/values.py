@@ -1,7 +1,7 @@
 """sigma and noise, the plain way: whole tensors, a block at a time.
 
-sigma is the sample standard deviation of values on a grid of 2^-16 of the power of two above the largest. z
-is the documented stream of checkpoint/noise.py, from its first element on.
+sigma is the sample standard deviation of values on a grid of 2^-16 of the power of two above the
+largest. z is the documented stream of checkpoint/noise.py, from its first element on.
 """
 
 import math
@@ -25,14 +25,17 @@ def standard_deviation(values: torch.Tensor) -> float:
     largest = float(flat.abs().max())
     if not math.isfinite(largest):
         raise ValueError(
-            "has values that are not finite, so its clones' noise has no scale; the base has diverged"
+            "has values that are not finite, so its clones' noise has no scale; the base has "
+            "diverged"
         )
     if largest == 0 or count < 2:
         return 0.0
     step = math.frexp(largest)[1] - 16
     total = squares = 0
     for start in range(0, count, _BLOCK):
-        grid = np.rint(np.ldexp(flat[start : start + _BLOCK].double().numpy(), -step)).astype(np.int64)
+        grid = np.rint(np.ldexp(flat[start : start + _BLOCK].double().numpy(), -step)).astype(
+            np.int64
+        )
         total += int(grid.sum())
         squares += int((grid * grid).sum())
     return math.ldexp(math.sqrt((count * squares - total**2) / (count * (count - 1))), step)

@@ -1,4 +1,5 @@
-"""Verification from end to end: open both, check the manifest, the tensors, the objects, the common state."""
+"""Verification from end to end: open both, check the manifest, the tensors, the objects, the common
+state."""
 
 import re
 import time
@@ -78,8 +79,8 @@ def verify(
 
     Args:
         base: the base's `iter_*` directory.
-        grown: that of a checkpoint with the grown weights, as they are before any training; None verifies
-            what `GrowthStorageReader` shows of the base.
+        grown: that of a checkpoint with the grown weights, as they are before any training; None
+            verifies what `GrowthStorageReader` shows of the base.
         growth: how it was grown; by default what the manifest beside `grown` says.
         on_progress: called with the bytes compared so far and in all.
 
@@ -102,7 +103,9 @@ def verify(
     target = _view(base, plan) if grown is None else _checkpoint(grown)
     held = Stored(str(base), source.reader, source.metadata, lambda key: _takes_part(key, plan))
     definition = Definition(plan, {key: held.shape(key) for key in held.tensors})
-    tensors = TensorCheck(definition, held, target.stored, plan.masters, problems.append, on_progress)
+    tensors = TensorCheck(
+        definition, held, target.stored, plan.masters, problems.append, on_progress
+    )
     tensors.run()
     num_objects = check_objects(plan, held, target.stored, problems.append)
     try:
@@ -137,7 +140,8 @@ def _stated(
     written = manifest.read(grown.parent) or manifest.read(grown)
     if written is None:
         raise CheckpointError(
-            f"there is no {manifest.MANIFEST} beside {str(grown)!r}, so how it was grown is not known; "
+            f"there is no {manifest.MANIFEST} beside {str(grown)!r}, so how it was grown is not "
+            "known; "
             "give --config"
         )
     return written, plan_of(written, str(grown.parent / manifest.MANIFEST))
@@ -170,6 +174,7 @@ def _view(base: Path, plan: GrowthPlan) -> _Grown:
     stored = Stored(f"the view of {base}", reader, metadata)
     if COMMON_OBJECT in stored.objects:
         return _Grown(stored, lambda: load_common_state(base, metadata, reader))
-    # megatron-core before 0.19 keeps it in common.pt, beside what DCP reads; so the load hook grows it.
+    # megatron-core before 0.19 keeps it in common.pt, beside what DCP reads; so the load hook grows
+    # it.
     state = reader.source.common_state
     return _Grown(stored, lambda: None if state is None else grown_common_state(state, plan))
