@@ -201,9 +201,8 @@ class ContinueConfig(_Strict):
         if starts_over and self.iteration == "keep":
             raise ValueError(
                 "data from the start at a kept iteration is not possible: Megatron takes 0 "
-                "consumed samples at "
-                "iteration > 0 for an old checkpoint and skips iteration * batch; add `iteration: "
-                "reset`"
+                "consumed samples at iteration > 0 for an old checkpoint and skips iteration * "
+                "batch; add `iteration: reset`"
             )
         return self
 

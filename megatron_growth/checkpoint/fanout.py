@@ -313,10 +313,9 @@ def _check_masters(view: GrownView, unit: Unit, chunks: Chunks) -> None:
             if not torch.equal(master.to(model.dtype), model):
                 raise CheckpointError(
                     f"{key} does not round to {weight} in box {overlap.offsets} {overlap.sizes}: "
-                    "the base's optimizer "
-                    "state is damaged (megatron-core 0.19.0 to 0.19.2 save it shifted when buckets "
-                    "are padded); "
-                    "use `optimizer: reset`, which grows the weights alone"
+                    "the base's optimizer state is damaged (megatron-core 0.19.0 to 0.19.2 save "
+                    "it shifted when buckets are padded); use `optimizer: reset`, which grows the "
+                    "weights alone"
                 )
 
 

@@ -62,9 +62,8 @@ def normal_table() -> NDArray[np.float32]:
     if digest != _TABLE_SHA256:
         raise GrowthError(
             f"the table of normal quantiles hashes to {digest[:16]}, not {_TABLE_SHA256[:16]}: "
-            "this machine's libm "
-            "rounds differently and would draw other noise; please report the machine, and grow on "
-            "another"
+            "this machine's libm rounds differently and would draw other noise; please report the "
+            "machine, and grow on another"
         )
     table.setflags(write=False)
     return table

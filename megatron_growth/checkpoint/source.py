@@ -290,8 +290,7 @@ def load_common_state(
         cause = next((e for e, _ in getattr(error, "failures", {}).values()), error)
         raise CheckpointError(
             f"the common state of checkpoint {str(directory)!r} cannot be read "
-            f"({_one_line(cause)}); "
-            "it is damaged: use another iteration"
+            f"({_one_line(cause)}); it is damaged: use another iteration"
         ) from None
     return None
 
@@ -302,8 +301,7 @@ def _architecture(source: SourceCheckpoint) -> Architecture:
     if pattern:
         raise CheckpointError(
             f"checkpoint {str(source.directory)!r} is a hybrid model (pattern {pattern!r}), which "
-            "cannot be grown yet; "
-            "grow a GPT model"
+            "cannot be grown yet; grow a GPT model"
         )
     tensors = source.tensors  # a hybrid model has keys that the grammar refuses, hence after
     depths, widths = dict(_layers_in(tensors)), dict(_experts_in(tensors))

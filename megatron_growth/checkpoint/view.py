@@ -90,8 +90,8 @@ class GrownView:
             if count != self.plan.source.num_layers:
                 raise PlanError(
                     f"{text} is in {count} of {self.plan.source.num_layers} layers, so layers "
-                    "cannot be stacked in "
-                    "the grown checkpoint; keep `--moe-layer-freq` a list, as in the base"
+                    "cannot be stacked in the grown checkpoint; keep `--moe-layer-freq` a list, "
+                    "as in the base"
                 )
         return shapes
 

@@ -101,8 +101,7 @@ def _top_k(width: "WidthConfig | None", source: Architecture) -> int | None:
     if source.top_k is not None and source.top_k > source.num_experts:
         raise PlanError(
             f"moe_router_topk ({source.top_k}) must not be above num_experts "
-            f"({source.num_experts}); "
-            "the checkpoint's arguments are not those of a model that ran"
+            f"({source.num_experts}); the checkpoint's arguments are not those of a model that ran"
         )
     if width is None or source.top_k is None or width.top_k == "keep":
         return source.top_k

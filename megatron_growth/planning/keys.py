@@ -175,16 +175,13 @@ _OBJECT = re.compile(r"(?P<base>.+)/shard_(?P<position>\d+(\.\d+)*)_(?P<grid>\d+
 _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
     # optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(...).bucket_idx_0.param
     (re.compile(r"(chained_\d+\.)?optimizer\.distributed\."),
-     "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; change it "
-     "with `torchrun ... "
-     "-m megatron_growth.reshard`, train the base with --dist-ckpt-optim-fully-reshardable, or "
-     "grow weights only with "
-     "`optimizer: reset`"),
+     "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; change "
+     "it with `torchrun ... -m megatron_growth.reshard`, train the base with "
+     "--dist-ckpt-optim-fully-reshardable, or grow weights only with `optimizer: reset`"),
     # decoder.layers.3.mlp.experts.experts.0.linear_fc1.weight_w
     (re.compile(r"(optimizer\.state\.\w+\.)?decoder\.layers\.(\d+\.)?mlp\.experts\.experts\.\d+\."),
      "experts saved one key each (singleton_local_shards) cannot be grown; save the base with "
-     "megatron-core "
-     "0.17 to 0.19, which stacks them"),
+     "megatron-core 0.17 to 0.19, which stacks them"),
 )  # fmt: skip
 
 
@@ -289,8 +286,7 @@ def parse_object(text: str) -> ObjectKey:
         if key.place != "outside":
             raise CheckpointError(
                 f"checkpoint object {text!r} does not say which layer it is of (`/shard_...`), so "
-                "it cannot be grown; "
-                "save the base with megatron-core 0.17 to 0.19"
+                "it cannot be grown; save the base with megatron-core 0.17 to 0.19"
             )
         return ObjectKey(key, (), ())
     return ObjectKey(parse(match["base"]), _numbers(match["position"]), _numbers(match["grid"]))
@@ -306,8 +302,7 @@ def _why(text: str) -> str:
             return reason
     return (
         "the key grammar (megatron_growth/planning/keys.py) does not know it, so how it should "
-        "grow is not known; "
-        "add a rule there or save the base without it"
+        "grow is not known; add a rule there or save the base without it"
     )
 
 

@@ -69,8 +69,7 @@ class LayerMap:
         if len(values) != self.num_source:
             raise PlanError(
                 f"a per-layer list has {len(values)} entries but the source has {self.num_source} "
-                "layers; "
-                "the list must name every layer"
+                "layers; the list must name every layer"
             )
         return [values[source] for source in self.sources]
 
@@ -121,8 +120,7 @@ def explicit(num_layers: int, sources: Sequence[int]) -> LayerMap:
     if len(sources) == num_layers:
         raise PlanError(
             f"depth.map has {len(sources)} entries, as many as the source has layers: nothing "
-            "would grow; "
-            "name more layers or leave `depth` out"
+            "would grow; name more layers or leave `depth` out"
         )
     return LayerMap(num_layers, tuple(sources))
 
@@ -133,8 +131,7 @@ def _copies(num_layers: int, target: int, skip_first: int, skip_last: int) -> li
     if grown < 1:
         raise PlanError(
             f"skip_first ({skip_first}) + skip_last ({skip_last}) leave no layer of {num_layers} "
-            "to grow; "
-            f"they must sum to less than {num_layers}"
+            f"to grow; they must sum to less than {num_layers}"
         )
     if target <= num_layers:
         raise PlanError(

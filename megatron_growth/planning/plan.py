@@ -373,8 +373,7 @@ class GrowthPlan:
         if version != PLAN_VERSION:
             raise PlanError(
                 f"the plan is of version {version!r} but this megatron_growth reads version "
-                f"{PLAN_VERSION}; "
-                "read it with the version that wrote it"
+                f"{PLAN_VERSION}; read it with the version that wrote it"
             )
         layers = fields["layers"]
         return cls(

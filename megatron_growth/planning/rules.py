@@ -213,8 +213,7 @@ REFUSALS = (
         lambda c: c.router.score_function not in SCORE_FUNCTIONS,
         lambda c: (
             f"moe_router_score_function {c.router.score_function!r} is not known, so neither is "
-            "what "
-            f"cloning does to it; known: {', '.join(SCORE_FUNCTIONS)}"
+            f"what cloning does to it; known: {', '.join(SCORE_FUNCTIONS)}"
         ),
     ),
     Rule(
@@ -238,9 +237,7 @@ REFUSALS = (
         lambda c: c.router.is_sinkhorn and c.k == 1 and c.scales,
         lambda c: (
             "moe_router_load_balancing_type 'sinkhorn' weighs one expert by sigmoid, but several "
-            "by "
-            f"softmax, so top-1 cannot become top-{c.m} and keep the function; use `top_k: "
-            "keep`"
+            f"by softmax, so top-1 cannot become top-{c.m} and keep the function; use `top_k: keep`"
         ),
     ),
     Rule(
@@ -248,20 +245,17 @@ REFUSALS = (
         lambda c: c.router.normalizes and c.k == 1 and c.scales,
         lambda c: (
             f"moe_router_score_function {c.router.score_function!r} weighs one expert by its "
-            "score, "
-            f"but divides those of several by their sum, so top-1 cannot become top-{c.m} "
-            "and keep "
-            "the function; use `top_k: keep`"
+            f"score, but divides those of several by their sum, so top-1 cannot become top-{c.m} "
+            "and keep the function; use `top_k: keep`"
         ),
     ),
     Rule(
         "moe_router_group_topk",
         lambda c: c.scales and c.order == "interleave" and not _groups_stay(c),
         lambda c: (
-            f"order 'interleave' changes the groups that a token uses: each is scored by its best "
-            f"{c.m} * {c.k} // {c.g} = {c.m * c.k // c.g} experts, which are not {c.m} "
-            "clones of the "
-            f"best {c.k} // {c.g} = {c.k // c.g}; use `order: auto`"
+            "order 'interleave' changes the groups that a token uses: each is scored by its best "
+            f"{c.m} * {c.k} // {c.g} = {c.m * c.k // c.g} experts, which are not {c.m} clones of "
+            f"the best {c.k} // {c.g} = {c.k // c.g}; use `order: auto`"
         ),
     ),
 )
@@ -287,10 +281,8 @@ WARNINGS = (
         lambda c: not c.scales and c.k > 1,
         lambda c: (
             f"top_k: keep sends each token to {c.k} of {c.m * c.router.num_experts} experts, at "
-            "first "
-            f"clones of its top {math.ceil(c.k / c.m)} instead of its top {c.k}: that is "
-            "another "
-            "function and the loss will jump; `top_k: scale` keeps it"
+            f"first clones of its top {math.ceil(c.k / c.m)} instead of its top {c.k}: that is "
+            "another function and the loss will jump; `top_k: scale` keeps it"
         ),
     ),
     Rule(
@@ -298,10 +290,8 @@ WARNINGS = (
         lambda c: not c.scales and c.k == 1,
         lambda c: (
             "top_k: keep sends each token to one clone, which keeps the function, but only the "
-            "noise "
-            "on router rows tells clones apart, and gradients are not split as `optimizer: "
-            "rescale` "
-            "assumes; `optimizer: copy` fits better"
+            "noise on router rows tells clones apart, and gradients are not split as `optimizer: "
+            "rescale` assumes; `optimizer: copy` fits better"
         ),
     ),
     Rule(
@@ -309,9 +299,8 @@ WARNINGS = (
         lambda c: not c.scales and c.k > 1 and c.router.expert_bias,
         lambda c: (
             "top_k: keep could keep the function exactly here, with clones parked: their "
-            "expert_bias "
-            "lower by more than scores differ, until balancing raises it; this is not done "
-            "for you"
+            "expert_bias lower by more than scores differ, until balancing raises it; this is not "
+            "done for you"
         ),
     ),
     Rule(
@@ -319,8 +308,7 @@ WARNINGS = (
         lambda c: not c.scales and c.router.capacity_factor is not None,
         lambda c: (
             f"moe_expert_capacity_factor {c.capacity:g} at a kept top-k leaves a clone 1/{c.m} of "
-            "its "
-            "expert's capacity, while at first one clone may get all tokens; "
+            "its expert's capacity, while at first one clone may get all tokens; "
             f"{c.m * c.capacity:g} drops no more than the base does"
         ),
     ),
@@ -329,8 +317,7 @@ WARNINGS = (
         lambda c: not c.scales and "quantile_balancing" in c.router.balancing,
         lambda c: (
             f"quantile balancing at a kept top-k needs {c.k} * tokens of a micro-batch divisible "
-            "by "
-            f"{c.m * c.router.num_experts} experts; Megatron stops otherwise"
+            f"by {c.m * c.router.num_experts} experts; Megatron stops otherwise"
         ),
     ),
     Rule(
@@ -339,8 +326,7 @@ WARNINGS = (
         lambda c: (
             f"moe_z_loss_coeff: the z-loss goes from L^2 to (L + ln {c.m})^2, though the output "
             "stays; its pull on the router nearly stays with --moe-z-loss-coeff "
-            f"{c.router.z_loss_coeff:g} * L / (L + {math.log(c.m):.3f}), L the root of the "
-            "z_loss "
+            f"{c.router.z_loss_coeff:g} * L / (L + {math.log(c.m):.3f}), L the root of the z_loss "
             f"that the base logged ({_even_z_loss(c):.3g} were all logits 0)"
         ),
     ),
@@ -349,10 +335,8 @@ WARNINGS = (
         lambda c: c.router.half_precision and c.k < c.router.num_experts,
         lambda c: (
             "the router computes in 16 bits, where many logits tie: a token whose last two "
-            "candidates "
-            "tie may get clones of both (some 3 % of tokens at 64 experts); "
-            "--moe-router-dtype fp32 "
-            "avoids it"
+            "candidates tie may get clones of both (some 3 % of tokens at 64 experts); "
+            "--moe-router-dtype fp32 avoids it"
         ),
     ),
 )

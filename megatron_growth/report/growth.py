@@ -206,8 +206,7 @@ def _warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan) 
     if not source.optimizer_states and plan.optimizer != "reset":
         yield (
             f"optimizer: {plan.optimizer}, but the base holds no optimizer state: Adam starts "
-            "anew; "
-            "say so with `optimizer: reset`"
+            "anew; say so with `optimizer: reset`"
         )
     if source.args is None:
         yield "the base holds no Megatron arguments: give the target's on the command line yourself"
@@ -221,8 +220,7 @@ def _depth_warnings(
     if growth.depth.method == "stacking":
         yield (
             "stacking is the paper's baseline: it breaks the profile of weight scales at each "
-            "seam; "
-            "`method: interposition` keeps it"
+            "seam; `method: interposition` keeps it"
         )
     skipped = growth.depth.skip_first, growth.depth.skip_last
     if any(skipped):

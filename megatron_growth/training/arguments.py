@@ -140,8 +140,7 @@ def _check_agrees(name: str, given: Any, planned: Any, num_layers: int) -> None:
         option = _option(name)
         raise ConfigError(
             f"{option} {given!r} contradicts the checkpoint, which as it is loaded has "
-            f"{planned!r}; "
-            f"leave {option} out, it is taken from the base and grown"
+            f"{planned!r}; leave {option} out, it is taken from the base and grown"
         )
 
 

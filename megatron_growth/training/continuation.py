@@ -103,8 +103,7 @@ def _step(parts: list[dict[str, Any]]) -> int | None:
     if len(steps) > 1:
         raise CheckpointError(
             f"the base's optimizer has parameters at different steps {sorted(steps)}, which one "
-            "growth cannot continue; "
-            "use `optimizer: reset`"
+            "growth cannot continue; use `optimizer: reset`"
         )
     return steps.pop() if steps else None
 

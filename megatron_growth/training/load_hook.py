@@ -110,8 +110,8 @@ class _Seam:
         if self._reader is None:
             raise CheckpointError(
                 f"Megatron loaded its checkpoint past the growth of {str(self._source)!r}: nothing "
-                "has grown; "
-                "use --ckpt-format torch_dist and leave --load to the growth configuration"
+                "has grown; use --ckpt-format torch_dist and leave --load to the growth "
+                "configuration"
             )
         if self._plan.optimizer == "reset" and scheduler is not None:
             # Without optimizer state upstream leaves the schedule at its start.

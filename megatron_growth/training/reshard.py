@@ -49,8 +49,7 @@ def reshard_arguments(load: str | Path, save: str | Path, extra: list[str]) -> l
     if args is None or found != "dp_reshardable":
         raise CheckpointError(
             f"checkpoint {str(directory)!r} has optimizer state of format {found!r}, not "
-            "'dp_reshardable'; "
-            "there is nothing to change"
+            "'dp_reshardable'; there is nothing to change"
         )
     words = arguments.completed(extra, args)
     layout = {

@@ -69,8 +69,7 @@ def decide(config: ExperimentConfig, argv: Sequence[str]) -> Start:
     if save is not None and Path(save).resolve() == Path(load).resolve():
         raise ConfigError(
             f"--load and --save are the same directory {str(save)!r}; the base is never written "
-            "to: "
-            "give the run a directory of its own"
+            "to: give the run a directory of its own"
         )
     if given.get("ckpt_format", "torch_dist") != "torch_dist":
         raise ConfigError(
@@ -88,8 +87,7 @@ def _resume(growth: GrowthConfig, argv: Sequence[str], save: Path) -> Start:
     if written is not None and written["growth"] != growth.model_dump(mode="json"):
         raise ConfigError(
             f"{str(save)!r} holds a run grown by another configuration (see {manifest.MANIFEST} "
-            "there); "
-            "give --save a new directory, or the configuration it was grown by"
+            "there); give --save a new directory, or the configuration it was grown by"
         )
     directory = iteration_directory(save)
     source = SourceCheckpoint(directory, weights_only=True)
@@ -154,8 +152,7 @@ def _schedule(settings: ContinueConfig, given: dict[str, Any]) -> list[str]:
     if clash:
         raise ConfigError(
             f"--{clash.replace('_', '-')} {given[clash]!r} contradicts continue.learning_rate in "
-            "the configuration, "
-            f"which sets {values[clash]!r}; say it in one place"
+            f"the configuration, which sets {values[clash]!r}; say it in one place"
         )
     return arguments.render({name: value for name, value in values.items() if name not in given})
 
@@ -185,8 +182,7 @@ def _args(source: SourceCheckpoint) -> Any:
     if source.args is None:
         raise CheckpointError(
             f"checkpoint {str(source.directory)!r} has no Megatron arguments, so the model is not "
-            "known; "
-            "use a checkpoint that Megatron's training saved"
+            "known; use a checkpoint that Megatron's training saved"
         )
     return source.args
 

@@ -328,8 +328,7 @@ def test_a_hybrid_model_is_refused_as_such(tmp_path: Path) -> None:
     bases.save(tmp_path, {**tensors, COMMON_STATE: state})
     assert _refusal(tmp_path) == (
         f"checkpoint {str(tmp_path)!r} is a hybrid model (pattern '*E*E'), which cannot be grown "
-        "yet; "
-        "grow a GPT model"
+        "yet; grow a GPT model"
     )
 
 

@@ -226,15 +226,12 @@ _UNKNOWN = (
 )
 _DP_RESHARDABLE = (
     "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; change it "
-    "with "
-    "`torchrun ... -m megatron_growth.reshard`, train the base with "
-    "--dist-ckpt-optim-fully-reshardable, "
-    "or grow weights only with `optimizer: reset`"
+    "with `torchrun ... -m megatron_growth.reshard`, train the base with "
+    "--dist-ckpt-optim-fully-reshardable, or grow weights only with `optimizer: reset`"
 )
 _SINGLETON = (
     "experts saved one key each (singleton_local_shards) cannot be grown; save the base with "
-    "megatron-core "
-    "0.17 to 0.19, which stacks them"
+    "megatron-core 0.17 to 0.19, which stacks them"
 )
 _BUFFER = (
     "optimizer.distributed.dp_group_idx_0."

@@ -125,17 +125,15 @@ def test_what_is_said(router: Router, how: dict, said: list[tuple[str, str]]) ->
         (
             replace(SIGMOID, top_k=1),
             {},
-            "moe_router_score_function 'sigmoid' weighs one expert by its score, but divides those "
-            "of "
-            "several by their sum, so top-1 cannot become top-2 and keep the function; use `top_k: "
-            "keep`",
+            "moe_router_score_function 'sigmoid' weighs one expert by its score, but divides "
+            "those of several by their sum, so top-1 cannot become top-2 and keep the function; "
+            "use `top_k: keep`",
         ),
         (
             replace(SOFTMAX, top_k=1, balancing=("sinkhorn",)),
             {},
             "moe_router_load_balancing_type 'sinkhorn' weighs one expert by sigmoid, but several "
-            "by softmax, "
-            "so top-1 cannot become top-2 and keep the function; use `top_k: keep`",
+            "by softmax, so top-1 cannot become top-2 and keep the function; use `top_k: keep`",
         ),
         (
             replace(SOFTMAX, top_k=1, pre_softmax=True, probs_on_input=True),
@@ -146,23 +144,22 @@ def test_what_is_said(router: Router, how: dict, said: list[tuple[str, str]]) ->
         (
             GROUPED,
             {"order": "interleave"},
-            "order 'interleave' changes the groups that a token uses: each is scored by its best 2 "
-            "* 3 // 2 "
-            "= 3 experts, which are not 2 clones of the best 3 // 2 = 1; use `order: auto`",
+            "order 'interleave' changes the groups that a token uses: each is scored by its best "
+            "2 * 3 // 2 = 3 experts, which are not 2 clones of the best 3 // 2 = 1; use `order: "
+            "auto`",
         ),
         (
             replace(SOFTMAX, score_function="entmax"),
             {"top_k": "keep"},
             "moe_router_score_function 'entmax' is not known, so neither is what cloning does to "
-            "it; "
-            "known: softmax, sigmoid, sqrtsoftplus",
+            "it; known: softmax, sigmoid, sqrtsoftplus",
         ),
         (
             replace(SOFTMAX, balancing=("auction",)),
             {},
             "moe_router_load_balancing_type 'auction' is not known, so neither is what cloning "
-            "does to it; "
-            "known: aux_loss, seq_aux_loss, global_aux_loss, sinkhorn, quantile_balancing, none",
+            "does to it; known: aux_loss, seq_aux_loss, global_aux_loss, sinkhorn, "
+            "quantile_balancing, none",
         ),
     ],
 )

@@ -95,8 +95,7 @@ class Stored:
         if covered != values.numel() or any(_overlap(a, b) for a, b in combinations(chunks, 2)):
             raise CheckpointError(
                 f"the chunks of {part.key} in {self.name} hold {covered} of the {values.numel()} "
-                "elements at "
-                f"{list(part.place)}, each at most once; the checkpoint is damaged"
+                f"elements at {list(part.place)}, each at most once; the checkpoint is damaged"
             )
         return values
 

@@ -141,8 +141,7 @@ def _stated(
     if written is None:
         raise CheckpointError(
             f"there is no {manifest.MANIFEST} beside {str(grown)!r}, so how it was grown is not "
-            "known; "
-            "give --config"
+            "known; give --config"
         )
     return written, plan_of(written, str(grown.parent / manifest.MANIFEST))
 
