@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,7 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.norms import LayerScale, scale_bytes, weight_scales
 from megatron_growth.checkpoint.reader import plan_for
-from megatron_growth.checkpoint.source import SourceCheckpoint, iteration_directory
+from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
 from megatron_growth.checkpoint.verify import Verification, verify
 from megatron_growth.config import BaseConfig, ExperimentConfig, GrowthConfig, load_config
 from megatron_growth.errors import ConfigError, GrowthError
@@ -37,6 +37,9 @@ from megatron_growth.report.inspection import (
 from megatron_growth.report.plot import check_path, plot_scales
 from megatron_growth.report.tables import print_growth, print_inspection
 from megatron_growth.report.verification import print_verification, verification_document
+
+if TYPE_CHECKING:
+    from megatron_growth.training.forward import Forward
 
 app = typer.Typer(
     help="Grow a Mixture-of-Experts checkpoint while Megatron loads it, and train on.",
@@ -133,20 +136,23 @@ def verify_command(
     config: Annotated[
         Path | None, typer.Option(help="How it was grown, instead of the manifest beside it.")
     ] = None,
+    forward: Annotated[
+        bool, typer.Option("--forward", help="Also run both models on the same text.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a grown checkpoint is, bit for bit, what its plan makes of the base; if not, exit
-    1."""
+    """Check that a grown checkpoint is, bit for bit, what its plan makes of the base, or exit 1."""
     growth = load_config(config).growth if config else None
     with _quiet():
         result = _verified(
             checkpoint_directory(base), grown and checkpoint_directory(grown), growth
         )
+        both = _forward(base, grown, config) if forward else None
     if as_json:
-        _print_json(verification_document(result))
+        _print_json(verification_document(result, both))
     else:
-        print_verification(Console(), result)
-    if not result.passed:
+        print_verification(Console(), result, both)
+    if not result.passed or (both and not both.passed):
         raise typer.Exit(1)
 
 
@@ -255,6 +261,24 @@ def _verified(base: Path, grown: Path | None, growth: GrowthConfig | None) -> Ve
         task = progress.add_task("", total=None)
         show = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
         return verify(base, grown, growth=growth, on_progress=show)
+
+
+def _forward(base: Path, grown: Path | None, config: Path | None) -> "Forward":
+    """Base and grown model on the same text, each in a process of its own."""
+    from megatron_growth.training.forward import compare  # brings Megatron in
+
+    base, grown = (
+        path and (path if (path / TRACKER).exists() else path.parent) for path in (base, grown)
+    )
+    if config is not None:
+        growth = load_config(config).growth
+        weights_only = growth.optimizer == "reset"
+        plan = plan_for(
+            SourceCheckpoint(iteration_directory(base), weights_only=weights_only), growth
+        )
+    else:
+        plan = GrowthPlan.from_json(json.dumps((manifest.read(grown) or {})["plan"]))
+    return compare(base, plan, grown=grown, config=config)
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -11,20 +11,32 @@ from rich.text import Text
 
 from megatron_growth.checkpoint.verify import Problem, Verification
 
+if TYPE_CHECKING:
+    from megatron_growth.training.forward import Forward
+
 SHOWN = 50  # problems on a terminal; JSON has all
 
 
-def verification_document(result: Verification) -> dict[str, Any]:
+def verification_document(result: Verification, forward: "Forward | None" = None) -> dict[str, Any]:
     """A verification as JSON takes it. A difference that is no finite number is a word."""
     problems = [asdict(problem) for problem in result.problems]
     for problem in problems:
         difference = problem["difference"]
         if difference is not None and not math.isfinite(difference):
             problem["difference"] = str(difference)
-    return {**asdict(result), "passed": result.passed, "problems": problems}
+    document = {**asdict(result), "passed": result.passed, "problems": problems}
+    if forward is not None:
+        document["forward"] = {
+            **asdict(forward),
+            "expectation": forward.expectation,
+            "passed": forward.passed,
+        }
+    return document
 
 
-def print_verification(console: Console, result: Verification) -> None:
+def print_verification(
+    console: Console, result: Verification, forward: "Forward | None" = None
+) -> None:
     """What was compared, and what is wrong."""
     console.print(_counts(result))
     console.print()
@@ -34,6 +46,23 @@ def print_verification(console: Console, result: Verification) -> None:
     if (more := len(result.problems) - SHOWN) > 0:
         console.print(f"and {more} more; --json lists all")
     console.print(_verdict(result))
+    if forward is not None:
+        console.print()
+        console.print(_forward(forward))
+
+
+def _forward(forward: "Forward") -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, value in (
+        ("forward pass", f"{forward.tokens} tokens of the standard library's source"),
+        ("loss", f"{forward.base_loss:.6f} -> {forward.grown_loss:.6f}"),
+        ("max |dlogit|", f"{forward.max_difference:.2e} of {forward.largest_logit:.2f}"),
+        ("KL(base || grown)", f"{forward.kl:.2e}"),
+        ("expectation", forward.expectation),
+        ("verdict", "as expected" if forward.passed else "NOT as expected"),
+    ):
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
 
 
 def _counts(result: Verification) -> Table:

@@ -295,6 +295,27 @@ def test_a_manifest_gives_its_plan_again(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name, exact", [("both, exact", True), ("PP2 EP2", False)])
+def test_verify_runs_both_models_on_the_same_text(
+    name: str,
+    exact: bool,
+    runs: dict[str, Result],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert runs[name].iterations
+    config = str(folder / f"{name}.yaml")
+    argv = ["verify", str(folder / "stacked"), "--config", config, "--forward", "--json"]
+    with pytest.raises(SystemExit) as done:
+        cli.main(argv)
+    assert done.value.code in (0, None)
+    forward = json.loads(capsys.readouterr().out)["forward"]
+    assert forward["exact"] is exact
+    assert forward["tokens"] == 32
+    assert (forward["max_difference"] <= forward["tolerance"]) is exact
+
+
+@pytest.mark.slow
 def test_the_base_is_untouched(runs: dict[str, Result], folder: Path) -> None:
     assert sorted(p.name for p in (folder / "stacked").iterdir()) == [
         "iter_0000006", "latest_checkpointed_iteration.txt"]  # fmt: skip

@@ -1,0 +1,241 @@
+"""Base and grown model on the same tokens, through Megatron: how far apart are their logits?
+
+    torchrun -m megatron_growth.training.forward --load DIR [--growth-config FILE] \\
+        --tokens FILE --out FILE
+
+One process loads one model, plainly or grown, exactly as training would, runs one forward pass and
+stops. `compare` starts one for the base and one for the grown model and sets their logits against
+each other. The model must fit on one device.
+"""
+
+import argparse
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_growth.checkpoint.source import SourceCheckpoint, iteration_directory
+from megatron_growth.errors import CheckpointError, ConfigError
+from megatron_growth.planning.plan import GrowthPlan
+from megatron_growth.training import cpu_backend
+from megatron_growth.training.entry import one_line_errors, train
+
+# What any run of Megatron must be told; no step is trained and no data read.
+_ONE_PASS = """
+    --micro-batch-size 1 --global-batch-size 1 --mock-data --num-workers 0 --eval-iters 0
+    --eval-interval 1000 --no-load-optim --no-load-rng --exit-on-missing-checkpoint
+""".split()  # noqa: SIM905
+# Largest |dlogit| that summation order explains, as a share of the largest logit.
+_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Two models on the same tokens.
+
+    Attributes:
+        tokens: positions compared.
+        base_loss: mean next-token cross-entropy of the base, nats.
+        grown_loss: the same of the grown model.
+        max_difference: max |dlogit|.
+        largest_logit: max |logit| of the base, for scale.
+        kl: mean KL(base || grown) a position, nats.
+        exact: whether the plan keeps the function.
+        tolerance: the largest max_difference that an exact plan may have.
+    """
+
+    tokens: int
+    base_loss: float
+    grown_loss: float
+    max_difference: float
+    largest_logit: float
+    kl: float
+    exact: bool
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether an exact plan kept the function; a plan that is not exact has nothing to fail."""
+        return not self.exact or self.max_difference <= self.tolerance
+
+    @property
+    def expectation(self) -> str:
+        """What the plan promises, in words."""
+        if self.exact:
+            return f"exact: max |dlogit| within {self.tolerance:.1e}, the order of summation"
+        return "not exact: noise moves the logits by the order of alpha, depth copies by more"
+
+
+def keeps_function(plan: GrowthPlan) -> bool:
+    """Whether the grown model computes what the base does: no noise, and depth with zero outputs.
+
+    Router options that would not keep it were refused when the plan was made, `top_k: keep` apart.
+    """
+    depth = plan.layers.is_identity or plan.zero_output
+    silent = plan.noise.experts == plan.noise.router == 0
+    scaled = (
+        plan.source.top_k is None or plan.target.top_k == plan.source.top_k * plan.experts.factor
+    )
+    return depth and (plan.experts.is_identity or (silent and scaled))
+
+
+def compare(
+    base: Path, plan: GrowthPlan, *, grown: Path | None = None, config: Path | None = None
+) -> Forward:
+    """Run both models.
+
+    Args:
+        base: Megatron checkpoint directory of the base.
+        plan: the growth between the two.
+        grown: Megatron checkpoint directory of the grown model; None grows the base at load.
+        config: the growth configuration, for a grown model that is not on disk.
+
+    Raises:
+        CheckpointError: one of the models cannot be run; the message ends with what it said.
+    """
+    args = SourceCheckpoint(iteration_directory(base), weights_only=True).args
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokens = real_tokens(args.seq_length + 1, args.padded_vocab_size)
+        torch.save(tokens, folder / "tokens.pt")
+        second = [] if grown else ["--growth-config", str(config)]
+        before = _logits(folder, "base", ["--load", str(base)])
+        after = _logits(folder, "grown", ["--load", str(grown or base), *second])
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    return _compared(before, after, tokens, keeps_function(plan), _TOLERANCE[precision])
+
+
+def _compared(
+    before: torch.Tensor, after: torch.Tensor, tokens: torch.Tensor, exact: bool, share: float
+) -> Forward:
+    first, second = before.float().log_softmax(-1), after.float().log_softmax(-1)
+    labels = tokens[:, 1:, None]
+    largest = float(before.abs().max())
+    return Forward(
+        tokens=labels.numel(),
+        base_loss=-float(first.gather(-1, labels).mean()),
+        grown_loss=-float(second.gather(-1, labels).mean()),
+        max_difference=float((before.float() - after.float()).abs().max()),
+        largest_logit=largest,
+        kl=float((first.exp() * (first - second)).sum(-1).mean()),
+        exact=exact,
+        tolerance=share * largest,
+    )
+
+
+def real_tokens(length: int, vocabulary: int) -> torch.Tensor:
+    """Text of Python's standard library, a token for each byte, shape [1, length]."""
+    text = b""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= length:
+            break
+    return torch.tensor([[byte % vocabulary for byte in text[:length]]])
+
+
+def _logits(folder: Path, name: str, argv: list[str]) -> torch.Tensor:
+    out = folder / f"{name}.pt"
+    words = [*argv, "--tokens", str(folder / "tokens.pt"), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "-m", "megatron_growth.training.forward", *words],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    if done.returncode or not out.exists():
+        said = [line for line in done.stderr.splitlines() if "rror" in line] or ["nothing"]
+        raise CheckpointError(
+            f"the {name} model cannot be run on one device; it said: {said[0].strip()}; "
+            "check without --forward"
+        )
+    return torch.load(out)
+
+
+# -- in the process that runs one model ------------------------------------------------------------
+
+
+class _Done(BaseException):
+    """The logits are written; not an error, and not for Megatron's handlers of those."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load one model and write its logits."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--load", required=True)
+    parser.add_argument("--growth-config")
+    parser.add_argument("--tokens", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    own = parser.parse_args(argv)
+    with one_line_errors():
+        cpu_backend.install()
+        from megatron_growth.training.arguments import completed, render
+
+        source = SourceCheckpoint(iteration_directory(own.load), weights_only=True)
+        if source.args is None:
+            raise ConfigError(f"{own.load!r} has no Megatron arguments, so its model is not known")
+        last = str((source.common_state or {}).get("iteration", 0) + 1)
+        precision = render({"bf16": source.args.bf16, "fp16": source.args.fp16})
+        words = [*_ONE_PASS, *precision, "--load", own.load, "--train-iters", last]
+        if own.growth_config:  # the architecture is the base's, grown
+            train(["--growth-config", own.growth_config, *words], lambda w: _run(w, own))
+        else:
+            words = completed(words, source.args)
+            _run([*words, *cpu_backend.arguments(words)], own)
+
+
+def _run(words: list[str], own: argparse.Namespace) -> None:
+    from megatron_growth.training import gpt  # imports megatron, which the CPU backend must precede
+
+    with _instead_of_training(lambda model: _write(model, own)):
+        try:
+            gpt.run(words)
+        except _Done:
+            return
+
+
+@contextmanager
+def _instead_of_training(act: Callable[[Any], None]) -> Iterator[None]:
+    """Once Megatron has built and loaded the model, hand it over and stop."""
+    from megatron.training import training
+
+    original = training.setup_model_and_optimizer
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        model, *_ = original(*args, **kwargs)
+        act(model)
+        raise _Done
+
+    training.setup_model_and_optimizer = built
+    try:
+        yield
+    finally:
+        training.setup_model_and_optimizer = original
+
+
+def _write(model: Any, own: argparse.Namespace) -> None:
+    (chunk,) = model
+    device = next(chunk.parameters()).device
+    tokens = torch.load(own.tokens)[:, :-1].to(device)
+    length = tokens.shape[1]
+    mask = torch.ones(1, 1, length, length, device=device).triu(1).bool()
+    chunk.eval()
+    with torch.no_grad():
+        logits = chunk(tokens, torch.arange(length, device=device)[None], mask)
+    torch.save(logits.cpu(), own.out)
+
+
+if __name__ == "__main__":
+    main()
