@@ -173,6 +173,11 @@ _OBJECT = re.compile(r"(?P<base>.+)/shard_(?P<position>\d+(\.\d+)*)_(?P<grid>\d+
 
 # Why a key that no rule matches cannot be grown, where we know.
 _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
+    # optimizer.distributed.dp_group_idx_0.param_state
+    (re.compile(r"(chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.param_state"),
+     "optimizer state of format dp_zero_gather_scatter is one object for all parameters of a rank; "
+     "train the base with --dist-ckpt-optim-fully-reshardable, or grow weights only with "
+     "`optimizer: reset`"),
     # optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(...).bucket_idx_0.param
     (re.compile(r"(chained_\d+\.)?optimizer\.distributed\."),
      "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; change "

@@ -229,6 +229,11 @@ _DP_RESHARDABLE = (
     "with `torchrun ... -m megatron_growth.reshard`, train the base with "
     "--dist-ckpt-optim-fully-reshardable, or grow weights only with `optimizer: reset`"
 )
+_GATHERED = (
+    "optimizer state of format dp_zero_gather_scatter is one object for all parameters of a rank; "
+    "train the base with --dist-ckpt-optim-fully-reshardable, or grow weights only with "
+    "`optimizer: reset`"
+)
 _SINGLETON = (
     "experts saved one key each (singleton_local_shards) cannot be grown; save the base with "
     "megatron-core 0.17 to 0.19, which stacks them"
@@ -255,6 +260,7 @@ _BUFFER = (
         ("embedding.word_embeddings.weight ", _UNKNOWN),
         (_BUFFER, _DP_RESHARDABLE),
         ("chained_1." + _BUFFER, _DP_RESHARDABLE),
+        ("optimizer.distributed.dp_group_idx_1.param_state", _GATHERED),
         ("decoder.layers.3.mlp.experts.experts.0.linear_fc1.weight_w", _SINGLETON),
         ("decoder.layers.mlp.experts.experts.11.linear_fc2.weight", _SINGLETON),
         (
