@@ -27,6 +27,7 @@ from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iterati
 from megatron_growth.checkpoint.verify import Verification, verify
 from megatron_growth.config import BaseConfig, ExperimentConfig, GrowthConfig, load_config
 from megatron_growth.errors import ConfigError, GrowthError
+from megatron_growth.planning.keys import KeyForm
 from megatron_growth.planning.plan import GrowthPlan
 from megatron_growth.report.growth import growth_report
 from megatron_growth.report.inspection import (
@@ -80,7 +81,7 @@ def plan(
         weights_only = experiment.growth.optimizer == "reset"
         directory = _base_directory(experiment.base, load, config or from_manifest)
         source = SourceCheckpoint(directory, weights_only=weights_only)
-        made = plan_for(source, experiment.growth)
+        made = plan_for(source, experiment.growth, _recorded_form(from_manifest))
         _check_same(made, expected)
         arguments = _target_arguments(made, source.args)
         report = growth_report(source, experiment.growth, made, arguments)
@@ -212,6 +213,12 @@ def _experiment(
     return ExperimentConfig.model_validate({"base": base, "growth": recorded["growth"]}), recorded[
         "plan_fingerprint"
     ]
+
+
+def _recorded_form(from_manifest: Path | None) -> KeyForm | None:
+    """The key form of the grown run, which followed its command line."""
+    recorded = manifest.read(from_manifest) if from_manifest else None
+    return recorded["plan"]["target"]["key_form"] if recorded else None
 
 
 def _check_same(made: GrowthPlan, expected: str | None) -> None:

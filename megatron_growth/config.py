@@ -159,7 +159,7 @@ class LearningRateConfig(_Strict):
     warmup_iters: Annotated[int, Field(ge=0)] = 0
     """Iterations of linear warm-up from zero, counted from the growth."""
 
-    decay_style: Literal["constant", "cosine", "linear", "inverse-square-root", "WSD"] = "constant"
+    decay_style: Literal["constant", "cosine", "linear", "inverse-square-root"] = "constant"
     """What follows the warm-up; the paper's grown models train at a constant rate until they
     anneal."""
 
@@ -169,6 +169,15 @@ class LearningRateConfig(_Strict):
 
     min: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Learning rate at the end of the decay."""
+
+    @model_validator(mode="after")
+    def _decay_after_warmup(self) -> "LearningRateConfig":
+        if self.decay_iters is not None and self.warmup_iters >= self.decay_iters:
+            raise ValueError(
+                f"warmup_iters ({self.warmup_iters}) must be below decay_iters "
+                f"({self.decay_iters}), which counts from the growth too; lower one"
+            )
+        return self
 
 
 class DataOffset(_Strict):

@@ -29,6 +29,7 @@ from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.config import GrowthConfig
 from megatron_growth.errors import CheckpointError
 from megatron_growth.planning.build import build_plan
+from megatron_growth.planning.keys import KeyForm
 from megatron_growth.planning.plan import GrowthPlan
 from megatron_growth.planning.rules import read_router
 
@@ -142,10 +143,16 @@ class GrowthStorageReader(StorageReader):
         return buffer.getvalue()
 
 
-def plan_for(source: SourceCheckpoint, growth: GrowthConfig) -> GrowthPlan:
-    """The plan that grows `source` as `growth` says, in the source's key form."""
+def plan_for(
+    source: SourceCheckpoint, growth: GrowthConfig, target_form: KeyForm | None = None
+) -> GrowthPlan:
+    """The plan that grows `source` as `growth` says, in the source's key form by default."""
     return build_plan(
-        growth, source.architecture, masters=source.masters, router=read_router(source.args)
+        growth,
+        source.architecture,
+        masters=source.masters,
+        target_form=target_form,
+        router=read_router(source.args),
     )
 
 

@@ -183,6 +183,9 @@ _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
      "optimizer state of format dp_reshardable is keyed by flat buffers, not by tensors; change "
      "it with `torchrun ... -m megatron_growth.reshard`, train the base with "
      "--dist-ckpt-optim-fully-reshardable, or grow weights only with `optimizer: reset`"),
+    # optimizer.state.master_param.decoder.layers.mlp.router.weight
+    (re.compile(r"optimizer\.state\.(?!(param|fp32_param|exp_avg|exp_avg_sq)\.)"),
+     "this optimizer's state has no growth rule; grow weights only with `optimizer: reset`"),
     # decoder.layers.3.mlp.experts.experts.0.linear_fc1.weight_w
     (re.compile(r"(optimizer\.state\.\w+\.)?decoder\.layers\.(\d+\.)?mlp\.experts\.experts\.\d+\."),
      "experts saved one key each (singleton_local_shards) cannot be grown; save the base with "

@@ -2,7 +2,7 @@
 
 Upstream lets each be a list with one entry for each layer, or an integer N that stands for a
 pattern. A pattern of period N is no pattern of period N after growth, so integers are first written
-out. A pattern that is the same for all layers stays an integer: a list would flip the model's
+out. One that says the same of the grown layers stays an integer: a list would flip the model's
 checkpoint keys from stacked to per-layer.
 """
 
@@ -37,6 +37,9 @@ def written_out(name: str, value: Pattern, num_layers: int) -> list[int] | None:
 def grown(name: str, value: Pattern, layers: LayerMap) -> Pattern:
     """The argument's value for the grown model."""
     entries = written_out(name, value, layers.num_source)
-    if entries is None or (isinstance(value, int) and len(set(entries)) == 1):
+    if entries is None:
         return value
-    return layers.spread(entries)
+    wanted = layers.spread(entries)
+    if isinstance(value, int) and written_out(name, value, layers.num_target) == wanted:
+        return value
+    return wanted

@@ -205,8 +205,8 @@ def _warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan) 
     yield from _width_warnings(source, growth, plan)
     if not source.optimizer_states and plan.optimizer != "reset":
         yield (
-            f"optimizer: {plan.optimizer}, but the base holds no optimizer state: Adam starts "
-            "anew; say so with `optimizer: reset`"
+            f"optimizer: {plan.optimizer}, but the base holds no optimizer state: training will "
+            "refuse it; say `optimizer: reset`"
         )
     if source.args is None:
         yield "the base holds no Megatron arguments: give the target's on the command line yourself"

@@ -48,15 +48,25 @@ INHERITED = (
     "moe_z_loss_coeff", "moe_router_bias_update_rate", "moe_expert_capacity_factor",
     "moe_token_drop_policy", "moe_pad_expert_input_to_capacity", "moe_token_dispatcher_type",
     "moe_router_dtype", "mtp_loss_scaling_factor", "calculate_per_token_loss", "adam_beta1",
-    "adam_beta2", "adam_eps", "clip_grad", "seed", "padded_vocab_size",
+    "adam_beta2", "adam_eps", "clip_grad", "seed", "padded_vocab_size", "rope_type",
+    "rotary_seq_len_interpolation_factor", "yarn_correction_range_round_to_int", "mrope_section",
+    "use_mup", "mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult",
+    "mup_base_head_dim", "mup_attn_scale_power", "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_glu_interleave_size", "moe_router_quantile_balancing_ema",
+    "moe_expert_rank_capacity_factor", "mtp_detach_heads", "fp32_residual_connection",
+    "apply_query_key_layer_scaling", "use_distributed_optimizer",
+)  # fmt: skip
+
+_SCHEDULE = (
+    "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_style",
+    "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_warmup_fraction", "lr_warmup_iters",
+    "lr_warmup_samples", "lr_warmup_init",
 )  # fmt: skip
 
 # Options that only make sense together: the base's where the user gives none of a family.
 FAMILIES = (
-    ("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_style",
-     "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_warmup_fraction", "lr_warmup_iters",
-     "lr_warmup_samples",
-     "lr_warmup_init"),
+    _SCHEDULE,
+    ("bf16", "fp16"),
     ("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
     ("tokenizer_type", "tokenizer_model", "vocab_size", "vocab_file", "merge_file",
      "make_vocab_size_divisible_by", "tiktoken_pattern", "tiktoken_num_special_tokens",
@@ -110,22 +120,30 @@ def completed(argv: Sequence[str], model: argparse.Namespace) -> list[str]:
     missing = [name for name in (*ARCHITECTURE, *INHERITED) if name not in given]
     for family in FAMILIES:
         missing += [] if given.keys() & set(family) else family
-    derived = _derived(model, given.get("tensor_model_parallel_size", 1))
+    derived = _derived(model, given)
     return [
         *argv,
         *render({n: getattr(model, n) for n in missing if hasattr(model, n) and n not in derived}),
     ]
 
 
-def _derived(model: argparse.Namespace, tensor_parallel: int) -> set[str]:
+def _derived(model: argparse.Namespace, given: dict[str, Any]) -> set[str]:
     """Arguments that are better left to upstream to fill in."""
-    derived = set()
+    # A run counts in samples or in iterations, and upstream refuses the schedule of the other.
+    by_samples = "train_samples" in given
+    derived = {name for name in _SCHEDULE if name.endswith("_iters" if by_samples else "_samples")}
+    # Upstream saves the run's own length as the decay's where none was given: no choice of a user.
+    for name in ("iters", "samples"):
+        length = getattr(model, f"train_{name}", None)
+        if getattr(model, f"lr_decay_{name}", None) == length:
+            derived.add(f"lr_decay_{name}")
     if (
         getattr(model, "weight_decay_incr_style", None) == "constant"
     ):  # validate_args refuses them beside it
         derived |= {"start_weight_decay", "end_weight_decay"}
     # The base's padding keeps the softmax as it was; upstream pads anew for each TP. Rows must
     # split evenly, though.
+    tensor_parallel = given.get("tensor_model_parallel_size", 1)
     if (getattr(model, "padded_vocab_size", None) or 0) % tensor_parallel:
         derived.add("padded_vocab_size")
     return derived

@@ -8,6 +8,7 @@ growth.yaml <its arguments>
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_growth.checkpoint import manifest
 from megatron_growth.config import ContinueConfig, load_config
-from megatron_growth.errors import ConfigError, GrowthError
+from megatron_growth.errors import CheckpointError, ConfigError, GrowthError
 from megatron_growth.training import cpu_backend, start
 from megatron_growth.training.arguments import given_arguments
 from megatron_growth.training.load_hook import growth_on_load
 
 _SECONDS_FOR_RANK_0 = 5
+# decoder.layers.pre_mlp_layernorm.weight from model not in state dict: [...]
+# upstream: MCoreLoadPlanner, megatron/core/dist_checkpointing/strategies/torch.py
+_NOT_IN_CHECKPOINT = re.compile(r"(?P<key>\S+) from model not in state dict")
 
 
 def train(argv: Sequence[str], pretrain: Callable[[list[str]], None]) -> None:
@@ -89,8 +93,15 @@ def _cause(error: BaseException) -> GrowthError | None:
     """DCP wraps what a reader raises, by rank."""
     if isinstance(error, GrowthError):
         return error
-    failures = getattr(error, "failures", {}).values()
-    return next((wrapped[0] for wrapped in failures if isinstance(wrapped[0], GrowthError)), None)
+    for failure, _ in getattr(error, "failures", {}).values():
+        if isinstance(failure, GrowthError):
+            return failure
+        if match := _NOT_IN_CHECKPOINT.match(str(failure).strip("'\"")):
+            return CheckpointError(
+                f"the run asks for {match['key']}, which the checkpoint does not have; give it the "
+                "base's precision, optimizer and --transformer-impl, or use `optimizer: reset`"
+            )
+    return None
 
 
 def _own_options(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -105,6 +105,8 @@ class _Seam:
         **kwargs: Any,
     ) -> Any:
         """The load itself: now the run's optimizer and schedule are known."""
+        from megatron.training import get_args
+
         self._adjust = lambda state: continued(state, self._settings, optimizer, scheduler)
         result = original(model, optimizer, scheduler, *args, **kwargs)
         if self._reader is None:
@@ -113,7 +115,7 @@ class _Seam:
                 "has grown; use --ckpt-format torch_dist and leave --load to the growth "
                 "configuration"
             )
-        if self._plan.optimizer == "reset" and scheduler is not None:
+        if get_args().no_load_optim and scheduler is not None:
             # Without optimizer state upstream leaves the schedule at its start.
             position = schedule_position(self._reader.source.common_state or {}, self._settings)
             scheduler.step(increment=position - scheduler.num_steps)

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.common_state import grown_args
 from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
 from megatron_growth.config import ContinueConfig, ExperimentConfig, GrowthConfig
-from megatron_growth.errors import CheckpointError, ConfigError
-from megatron_growth.planning.build import build_plan, router_growth
+from megatron_growth.errors import CheckpointError, ConfigError, PlanError
+from megatron_growth.planning.build import router_growth
 from megatron_growth.planning.plan import GrowthPlan
 from megatron_growth.planning.rules import read_router
 from megatron_growth.training import arguments
@@ -28,6 +30,7 @@ _FIRST_LOAD_ONLY = {
     "--no-load-optim": False,
     "--no-load-rng": False,
     "--ckpt-step": True,
+    "--override-ckpt-iteration": True,
 }
 
 
@@ -84,7 +87,7 @@ def decide(config: ExperimentConfig, argv: Sequence[str]) -> Start:
 
 def _resume(growth: GrowthConfig, argv: Sequence[str], save: Path) -> Start:
     written = manifest.read(save)
-    if written is not None and written["growth"] != growth.model_dump(mode="json"):
+    if written is not None and _recorded_growth(written, save) != growth:
         raise ConfigError(
             f"{str(save)!r} holds a run grown by another configuration (see {manifest.MANIFEST} "
             "there); give --save a new directory, or the configuration it was grown by"
@@ -94,6 +97,17 @@ def _resume(growth: GrowthConfig, argv: Sequence[str], save: Path) -> Start:
     words = arguments.completed(_without(argv, {**_FIRST_LOAD_ONLY, "--load": True}), _args(source))
     message = f"{save} holds {directory.name}: resuming it as it is, nothing is grown"
     return Start([*words, "--load", str(save)], None, None, None, message)
+
+
+def _recorded_growth(written: dict[str, Any], save: Path) -> GrowthConfig:
+    """As a configuration, so that a field added since has its default in both."""
+    try:
+        return GrowthConfig.model_validate(written.get("growth"))
+    except ValidationError:
+        raise CheckpointError(
+            f"{str(save / manifest.MANIFEST)!r} does not say how the run was grown; restore or "
+            "remove it"
+        ) from None
 
 
 def _grow(
@@ -110,6 +124,7 @@ def _grow(
         _without(argv, {"--load": True, "--ckpt-step": True}), grown_args(args, plan)
     )
     _check_experts_divide(given, plan)
+    _check_optimizer(source, plan, given)
     words += ["--load", str(load)]
     if iteration != "latest":
         words += ["--ckpt-step", str(iteration)]
@@ -148,6 +163,7 @@ def _schedule(settings: ContinueConfig, given: dict[str, Any]) -> list[str]:
         "lr_warmup_iters": rate.warmup_iters,
         "lr_decay_iters": rate.decay_iters,
     }
+    values = {name: value for name, value in values.items() if value is not None}
     clash = next((name for name in values if name in given and given[name] != values[name]), None)
     if clash:
         raise ConfigError(
@@ -169,13 +185,7 @@ def _in_target_form(
     form = "per_layer" if arguments.has_per_layer_keys(target) else "stacked"
     if form == plan.target.key_form:
         return plan
-    return build_plan(
-        growth,
-        source.architecture,
-        masters=source.masters,
-        target_form=form,
-        router=read_router(source.args),
-    )
+    return plan_for(source, growth, form)
 
 
 def _args(source: SourceCheckpoint) -> Any:
@@ -185,6 +195,27 @@ def _args(source: SourceCheckpoint) -> Any:
             "known; use a checkpoint that Megatron's training saved"
         )
     return source.args
+
+
+def _check_optimizer(source: SourceCheckpoint, plan: GrowthPlan, given: dict[str, Any]) -> None:
+    """What `optimizer` says must be possible, and nothing on the command line may undo it."""
+    if given.get("finetune"):
+        raise ConfigError(
+            "--finetune drops the iteration, the data position and the optimizer without a word; "
+            "leave it out and say what starts anew under `continue:` in the configuration"
+        )
+    if given.get("non_persistent_ckpt_type"):
+        raise ConfigError(
+            f"--non-persistent-ckpt-type {given['non_persistent_ckpt_type']!r} would be loaded in "
+            "place of the growth on a restart; leave it out until the run has a checkpoint"
+        )
+    if plan.optimizer == "reset" or given.get("no_load_optim"):
+        return
+    if source.directory.name == "release" or not source.optimizer_states:
+        raise PlanError(
+            f"optimizer {plan.optimizer!r} needs the base's optimizer state, which "
+            f"{str(source.directory)!r} does not have; use `optimizer: reset`"
+        )
 
 
 def _check_experts_divide(given: dict[str, Any], plan: GrowthPlan) -> None:

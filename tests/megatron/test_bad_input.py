@@ -111,6 +111,24 @@ def test_it_is_refused_on_one_line(name: str, tmp_path: Path, base: Path) -> Non
         assert part in message
 
 
+RESCALED = {**GROWTH, "optimizer": "rescale"}
+
+
+def test_finetune_is_said_in_the_configuration(tmp_path: Path, base: Path) -> None:
+    assert "under `continue:`" in refusal(tmp_path, base, RESCALED, ["--finetune"])
+
+
+def test_rescale_needs_optimizer_state(tmp_path: Path) -> None:
+    bare = checkpoint(tmp_path / "base", Model(layers=4, experts=4))
+    assert "needs the base's optimizer state" in refusal(tmp_path, bare, RESCALED)
+
+
+def test_a_manifest_that_says_nothing(tmp_path: Path, base: Path) -> None:
+    run = checkpoint(tmp_path / "run")
+    (run / "growth_manifest.json").write_text("{}")
+    assert "does not say how" in refusal(tmp_path, base, GROWTH, ["--save", str(run)])
+
+
 def test_the_base_is_never_the_runs_own_directory(tmp_path: Path, base: Path) -> None:
     (tmp_path / "link").symlink_to(base)
     message = refusal(tmp_path, base, GROWTH, ["--save", str(tmp_path / "link")])
@@ -146,7 +164,7 @@ def test_a_key_that_the_grammar_does_not_know(tmp_path: Path) -> None:
 
 def test_a_run_grown_by_another_configuration_is_not_taken_up(tmp_path: Path, base: Path) -> None:
     run = checkpoint(tmp_path / "run")
-    (run / "growth_manifest.json").write_text('{"growth": {"depth": null}}')
+    (run / "growth_manifest.json").write_text('{"growth": {"depth": {"factor": 3}}}')
     assert "grown by another configuration" in refusal(tmp_path, base, GROWTH, ["--save", str(run)])
 
 

@@ -234,6 +234,7 @@ _GATHERED = (
     "train the base with --dist-ckpt-optim-fully-reshardable, or grow weights only with "
     "`optimizer: reset`"
 )
+_NO_RULE = "this optimizer's state has no growth rule; grow weights only with `optimizer: reset`"
 _SINGLETON = (
     "experts saved one key each (singleton_local_shards) cannot be grown; save the base with "
     "megatron-core 0.17 to 0.19, which stacks them"
@@ -254,7 +255,7 @@ _BUFFER = (
         ("mtp.layers.0.mlp.router.weight", _UNKNOWN),
         ("mtp.layers.transformer_layer.mlp.router.weight", _UNKNOWN),
         ("encoder.layers.mlp.router.weight", _UNKNOWN),
-        ("optimizer.state.momentum.decoder.layers.mlp.router.weight", _UNKNOWN),
+        ("optimizer.state.momentum.decoder.layers.mlp.router.weight", _NO_RULE),
         ("optimizer.state.exp_avg.mystery", _UNKNOWN),
         ("", _UNKNOWN),
         ("embedding.word_embeddings.weight ", _UNKNOWN),

@@ -16,6 +16,7 @@ from megatron_growth.config import GrowthConfig
 from megatron_growth.errors import CheckpointError, PlanError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.plan import GrowthPlan
+from megatron_growth.planning.rules import read_router
 
 
 def plan_of(written: dict[str, Any], name: str) -> GrowthPlan:
@@ -65,7 +66,11 @@ def _check_growth(
     try:
         growth = GrowthConfig.model_validate(written.get("growth"))
         again = build_plan(
-            growth, source.architecture, masters=source.masters, target_form=plan.target.key_form
+            growth,
+            source.architecture,
+            masters=source.masters,
+            target_form=plan.target.key_form,
+            router=read_router(source.args),
         )
     except (ValidationError, PlanError) as error:
         line = " ".join(str(error).split())
@@ -74,12 +79,11 @@ def _check_growth(
         )
         return
     before, after = json.loads(plan.to_json()), json.loads(again.to_json())
-    for field in before:
-        if before[field] != after[field]:
-            said = f"has a plan with {field} {before[field]!r}"
-            yield Problem(
-                manifest.MANIFEST, f"{said}, but its growth of this base gives {after[field]!r}"
-            )
+    for field in sorted(before.keys() | after.keys()):  # an empty field is left out
+        held, given = before.get(field), after.get(field)
+        if held != given:
+            said = f"has a plan with {field} {held!r}"
+            yield Problem(manifest.MANIFEST, f"{said}, but its growth of this base gives {given!r}")
 
 
 def _canonical(plan: dict[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_growth.errors import CheckpointError, ConfigError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.keys import KeyForm, is_optimizer_key
 from megatron_growth.planning.plan import GrowthPlan
+from megatron_growth.planning.rules import read_router
 
 # decoder.layers.3.mlp.router.weight
 _LAYER_IN_KEY = re.compile(r"decoder\.layers\.\d+\.")
@@ -148,12 +150,18 @@ def _stated(
 
 def _planned(growth: GrowthConfig, source: SourceCheckpoint, grown: Path | None) -> GrowthPlan:
     """The plan of a configuration; the key form follows the grown checkpoint where there is one."""
-    plan = build_plan(growth, source.architecture, masters=source.masters)
+    made = partial(
+        build_plan,
+        growth,
+        source.architecture,
+        masters=source.masters,
+        router=read_router(source.args),
+    )
     if grown is None:
-        return plan
+        return made()
     keys = SourceCheckpoint(grown).metadata.state_dict_metadata
     form: KeyForm = "per_layer" if any(map(_LAYER_IN_KEY.match, keys)) else "stacked"
-    return build_plan(growth, source.architecture, masters=source.masters, target_form=form)
+    return made(target_form=form)
 
 
 def _takes_part(key: str, plan: GrowthPlan) -> bool:
