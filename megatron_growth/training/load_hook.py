@@ -115,7 +115,8 @@ class _Seam:
                 "has grown; use --ckpt-format torch_dist and leave --load to the growth "
                 "configuration"
             )
-        if get_args().no_load_optim and scheduler is not None:
+        args = get_args()
+        if args.no_load_optim and not args.finetune and scheduler is not None:
             # Without optimizer state upstream leaves the schedule at its start.
             position = schedule_position(self._reader.source.common_state or {}, self._settings)
             scheduler.step(increment=position - scheduler.num_steps)

@@ -136,6 +136,7 @@ def _grow(
         f"top-k {plan.source.top_k} -> {plan.target.top_k}; optimizer {plan.optimizer}; "
         f"plan {plan.fingerprint[:12]}"
     )
+    message += _undone(plan, given)
     message += "".join(f"\n  {line}" for line in _router_notes(config.growth, source, given))
     return Start(
         words, directory, plan, manifest.describe(source, load, config.growth, plan), message
@@ -197,19 +198,26 @@ def _args(source: SourceCheckpoint) -> Any:
     return source.args
 
 
-def _check_optimizer(source: SourceCheckpoint, plan: GrowthPlan, given: dict[str, Any]) -> None:
-    """What `optimizer` says must be possible, and nothing on the command line may undo it."""
+def _undone(plan: GrowthPlan, given: dict[str, Any]) -> str:
+    """What the command line takes back of the configuration."""
     if given.get("finetune"):
-        raise ConfigError(
-            "--finetune drops the iteration, the data position and the optimizer without a word; "
-            "leave it out and say what starts anew under `continue:` in the configuration"
+        return (
+            "\n  warning: --finetune starts iteration, data, schedule and optimizer anew, whatever "
+            "the configuration says"
         )
+    if given.get("no_load_optim") and plan.optimizer != "reset":
+        return f"\n  warning: --no-load-optim drops what `optimizer: {plan.optimizer}` would keep"
+    return ""
+
+
+def _check_optimizer(source: SourceCheckpoint, plan: GrowthPlan, given: dict[str, Any]) -> None:
+    """What `optimizer` says must be possible, and a restart must find the run's own checkpoint."""
     if given.get("non_persistent_ckpt_type"):
         raise ConfigError(
             f"--non-persistent-ckpt-type {given['non_persistent_ckpt_type']!r} would be loaded in "
             "place of the growth on a restart; leave it out until the run has a checkpoint"
         )
-    if plan.optimizer == "reset" or given.get("no_load_optim"):
+    if plan.optimizer == "reset" or given.get("no_load_optim") or given.get("finetune"):
         return
     if source.directory.name == "release" or not source.optimizer_states:
         raise PlanError(

@@ -114,10 +114,6 @@ def test_it_is_refused_on_one_line(name: str, tmp_path: Path, base: Path) -> Non
 RESCALED = {**GROWTH, "optimizer": "rescale"}
 
 
-def test_finetune_is_said_in_the_configuration(tmp_path: Path, base: Path) -> None:
-    assert "under `continue:`" in refusal(tmp_path, base, RESCALED, ["--finetune"])
-
-
 def test_rescale_needs_optimizer_state(tmp_path: Path) -> None:
     bare = checkpoint(tmp_path / "base", Model(layers=4, experts=4))
     assert "needs the base's optimizer state" in refusal(tmp_path, bare, RESCALED)
