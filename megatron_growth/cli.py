@@ -6,12 +6,9 @@ not verified, 2 for the user to put right.
 """
 
 import json
-import logging
 import sys
-import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +26,7 @@ from megatron_growth.config import BaseConfig, ExperimentConfig, GrowthConfig, l
 from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.planning.keys import KeyForm
 from megatron_growth.planning.plan import GrowthPlan
+from megatron_growth.quiet import quiet
 from megatron_growth.report.growth import growth_report
 from megatron_growth.report.inspection import (
     checkpoint_directory,
@@ -77,7 +75,7 @@ def plan(
 ) -> None:
     """Show what growth would make of a base checkpoint; reads no weights and writes nothing."""
     experiment, expected = _experiment(config, from_manifest)
-    with _quiet():
+    with quiet():
         weights_only = experiment.growth.optimizer == "reset"
         directory = _base_directory(experiment.base, load, config or from_manifest)
         source = SourceCheckpoint(directory, weights_only=weights_only)
@@ -107,7 +105,7 @@ def inspect_command(
     """Show what a checkpoint holds, whether it can be grown, and the weight scale of its layers."""
     if plot:
         check_path(plot)  # before the weights are read, which takes its time
-    with _quiet():
+    with quiet():
         source = SourceCheckpoint(checkpoint_directory(checkpoint))
         inspection = inspect_checkpoint(source, _measured(source))
     if plot:
@@ -144,7 +142,7 @@ def verify_command(
 ) -> None:
     """Check that a grown checkpoint is, bit for bit, what its plan makes of the base, or exit 1."""
     growth = load_config(config).growth if config else None
-    with _quiet():
+    with quiet():
         result = _verified(
             checkpoint_directory(base), grown and checkpoint_directory(grown), growth
         )
@@ -290,17 +288,3 @@ def _forward(base: Path, grown: Path | None, config: Path | None) -> "Forward":
 
 def _print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=2, allow_nan=False))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch and Megatron say on import about CUDA and Apex: none of it matters
-    here."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)

@@ -11,15 +11,13 @@ files.
 """
 
 import hashlib
-import logging
 import sysconfig
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_growth.errors import GrowthError
+from megatron_growth.quiet import quiet
 
 VOCABULARY = 256
 END_OF_DOCUMENT = 255
@@ -125,7 +123,7 @@ def write_dataset(prefix: Path, texts: Iterable[bytes]) -> int:
     import numpy
     import torch
 
-    with _quiet():
+    with quiet():
         from megatron.core.datasets import indexed_dataset
 
     binary = indexed_dataset.get_bin_path(str(prefix))
@@ -138,19 +136,6 @@ def write_dataset(prefix: Path, texts: Iterable[bytes]) -> int:
         total += _num_tokens(text)
     builder.finalize(indexed_dataset.get_idx_path(str(prefix)))
     return total
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch and Megatron say on import about CUDA and Apex: no matter for a file."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
 
 
 def _num_tokens(text: bytes) -> int:

@@ -53,7 +53,6 @@ def growth_on_load(
             stack.enter_context(_wrapped(serialization, "_get_filesystem_reader", seam.reader))
         stack.enter_context(_wrapped(serialization, "load_common", seam.common))
         stack.enter_context(_wrapped(training, "load_checkpoint", seam.checkpoint))
-        stack.enter_context(_wrapped(torch.nn.Module, "load_state_dict", _strictly))
         yield
 
 
@@ -108,7 +107,8 @@ class _Seam:
         from megatron.training import get_args
 
         self._adjust = lambda state: continued(state, self._settings, optimizer, scheduler)
-        result = original(model, optimizer, scheduler, *args, **kwargs)
+        with _wrapped(torch.nn.Module, "load_state_dict", _strictly):
+            result = original(model, optimizer, scheduler, *args, **kwargs)
         if self._reader is None:
             raise CheckpointError(
                 f"Megatron loaded its checkpoint past the growth of {str(self._source)!r}: nothing "
@@ -127,11 +127,10 @@ class _Seam:
 def _strictly(
     original: Callable[..., Any], module: torch.nn.Module, state: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Upstream repeats a strict load that failed as a lax one, and only prints what it lacked; we
-    raise.
+    """Upstream repeats a failed strict load as a lax one and only prints what it lacked; we raise.
 
     Upstream: `load_model_state_dict` in megatron/training/checkpointing.py. Extra state is what
-        that fallback is for.
+    that fallback is for.
     """
     result = original(module, state, *args, **kwargs)
     lost = [

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_growth import GrowthConfig, GrowthStorageReader
 from megatron_growth.errors import GrowthError
 from megatron_growth.training import cpu_backend, entry
 from tests.checkpoint.bases import Model, megatron, objects, save, tensors
@@ -152,8 +156,6 @@ def test_width_of_a_dense_base(tmp_path: Path) -> None:
 
 
 def test_a_key_that_the_grammar_does_not_know(tmp_path: Path) -> None:
-    import torch
-
     odd = checkpoint(tmp_path / "base", **{"decoder.layers.mlp.gate.weight": torch.zeros(4, 4)})
     assert "'decoder.layers.mlp.gate.weight' cannot be grown" in refusal(tmp_path, odd, GROWTH)
 
@@ -162,6 +164,23 @@ def test_a_run_grown_by_another_configuration_is_not_taken_up(tmp_path: Path, ba
     run = checkpoint(tmp_path / "run")
     (run / "growth_manifest.json").write_text('{"growth": {"depth": {"factor": 3}}}')
     assert "grown by another configuration" in refusal(tmp_path, base, GROWTH, ["--save", str(run)])
+
+
+def test_a_tensor_that_the_checkpoint_lacks_is_named_on_one_line(base: Path) -> None:
+    """A run of another precision or optimizer asks for what is not there; upstream lists all."""
+    cpu_backend.install()
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+
+    wanted = ShardedTensor.from_rank_offsets("optimizer.state.fp32_param.x", torch.zeros(2))
+    planner = MCoreLoadPlanner(shapes_validation_sharded_tensors=[wanted])
+    reader = GrowthStorageReader(base / "iter_0000007", GrowthConfig.model_validate(GROWTH))
+    state = {"decoder.final_layernorm.weight": torch.zeros(4)}
+    with pytest.raises(CheckpointException) as failed:
+        dcp.load(state, storage_reader=reader, planner=planner, no_dist=True)
+    message = str(entry._cause(failed.value))
+    assert message.startswith("the run asks for optimizer.state.fp32_param.x, which")
+    assert "\n" not in message
 
 
 @pytest.mark.slow
