@@ -21,6 +21,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
+from megatron_growth.checkpoint.collector import collector_off
 from megatron_growth.checkpoint.noise import add_noise
 from megatron_growth.checkpoint.sigma import standard_deviation
 from megatron_growth.checkpoint.view import GrownView
@@ -128,7 +129,8 @@ def read_tensors(view: GrownView, items: Iterable[ReadItem], planner: LoadPlanne
             where noise needs their standard deviation.
     """
     destinations = [d for d in map(Destination.of, items) if d.missing]
-    units = _group(view, _parts(view, destinations, planner))
+    with collector_off():
+        units = _group(view, _parts(view, destinations, planner))
     for batch in _batches(view, units):
         chunks = _read(view, [chunk for unit in batch for chunk in unit.chunks])
         for unit in batch:
@@ -151,7 +153,7 @@ def _parts(
     parts = []
     for destination in destinations:
         key = destination.item.storage_index.fqn
-        dtype = view.dtype(key)
+        dtype = view.dtypes[key]
         for piece in view.resolve(key, destination.box):
             if isinstance(piece.transform, Zero):
                 destination.write(piece.target, None, planner)
