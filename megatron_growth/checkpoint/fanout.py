@@ -13,8 +13,8 @@ the model.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from megatron_growth.planning.plan import Box, Copy, Divide, Noise, Piece, Zero
 
 BATCH_BYTES = 64 << 20
 _ALIGNMENT = 64
+_BLOCK = 1 << 19  # values transformed at a time
 
 Chunk = tuple[str, Box]  # source key, and which of its chunks
 Chunks = dict[Chunk, torch.Tensor]  # those in memory
@@ -278,7 +279,7 @@ class _ChunkPlanner(LoadPlanner):
 def _serve(view: GrownView, unit: Unit, chunks: Chunks, planner: LoadPlanner) -> None:
     _check_masters(view, unit, chunks)
     sigmas: dict[tuple[str, Box], float] = {}
-    for part in unit.parts:
+    for part in chain.from_iterable(map(_blocks, unit.parts)):
         key, piece = part.piece.source_key, part.piece
         values = _narrow(chunks[part.chunk], part.chunk[1], part.box)
         if isinstance(piece.transform, Divide):
@@ -293,6 +294,23 @@ def _serve(view: GrownView, unit: Unit, chunks: Chunks, planner: LoadPlanner) ->
         else:
             assert isinstance(piece.transform, Copy)
         part.destination.write(part.target, values, planner)
+
+
+def _blocks(part: Part) -> Iterator[Part]:
+    """A part in pieces of some `_BLOCK` values. Their copies stay in cache; in copies of a whole
+    part, memory that is touched for the first time would cost three times what noise does."""
+    box = part.box
+    axis = next((axis for axis, size in enumerate(box.sizes) if size > 1), None)
+    if axis is None:
+        yield part
+        return
+    size = box.sizes[axis]
+    step = max(1, _BLOCK * size // box.numel)
+    for start in range(0, size, step):
+        offsets, sizes = list(box.offsets), list(box.sizes)
+        offsets[axis] += start
+        sizes[axis] = min(step, size - start)
+        yield replace(part, box=Box(tuple(offsets), tuple(sizes)))
 
 
 def _check_masters(view: GrownView, unit: Unit, chunks: Chunks) -> None:

@@ -295,6 +295,19 @@ def test_the_bits_do_not_depend_on_how_much_is_read_at_once(
     assert len(base.calls) > 100
 
 
+@pytest.mark.parametrize("form", ["stacked", "per_layer"])
+def test_the_bits_do_not_depend_on_how_much_is_transformed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    model = Model(stacked=form == "stacked", states=DISTRIBUTED)
+    directory, *_ = _save(tmp_path, model, GRIDS["uneven"])
+    config = GrowthConfig.model_validate(BOTH)
+    want, _ = load_all(GrowthStorageReader(directory, config))
+    monkeypatch.setattr(fanout, "_BLOCK", 5)
+    got, _ = load_all(GrowthStorageReader(directory, config))
+    _assert_equal(got, want)
+
+
 def test_a_tensor_of_a_grown_checkpoint_loads_alone(tmp_path: Path) -> None:
     directory, tensors, _ = _save(tmp_path, Model(states=DISTRIBUTED), bases.megatron())
     reader = GrowthStorageReader(directory, GrowthConfig.model_validate(BOTH))
