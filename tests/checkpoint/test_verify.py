@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_growth import GrowthConfig, GrowthPlan, GrowthStorageReader, cli
 from megatron_growth.checkpoint import fanout, manifest
+from megatron_growth.checkpoint import values as growth_values
 from megatron_growth.checkpoint.source import TRACKER
 from megatron_growth.checkpoint.verify import Problem, Verification, values, verify
 from megatron_growth.errors import CheckpointError, ConfigError
@@ -458,8 +459,8 @@ def test_the_verifier_takes_another_route_than_growth(monkeypatch, small, tmp_pa
         (GrowthPlan, "target_tensors"),
         (GrowthPlan, "target_objects"),
         (fanout, "read_tensors"),
-        (fanout, "add_noise"),
-        (fanout, "standard_deviation"),
+        (growth_values, "add_noise"),
+        (growth_values, "standard_deviation"),
     ):
         monkeypatch.setattr(owner, name, forbidden)
     assert verify(small.base, directory).passed
@@ -470,14 +471,17 @@ def test_the_verifier_takes_another_route_than_growth(monkeypatch, small, tmp_pa
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.ImportFrom)
     }
-    banned = {f"megatron_growth.checkpoint.{module}" for module in ("view", "fanout", "sigma")}
+    growth = ("view", "units", "values", "fanout", "sigma")
+    banned = {f"megatron_growth.checkpoint.{module}" for module in growth}
     assert imported
     assert not imported & banned
 
 
 def _sigma_off_by_a_millionth(monkeypatch):
-    right = fanout.standard_deviation
-    monkeypatch.setattr(fanout, "standard_deviation", lambda chunks: right(chunks) * (1 + 1e-6))
+    right = growth_values.standard_deviation
+    monkeypatch.setattr(
+        growth_values, "standard_deviation", lambda chunks: right(chunks) * (1 + 1e-6)
+    )
 
 
 def _noise_by_source_layer(monkeypatch):
