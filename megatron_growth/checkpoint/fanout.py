@@ -132,7 +132,7 @@ def _read(view: GrownView, chunks: list[Chunk]) -> Chunks:
     chunks = sorted(chunks, key=lambda chunk: position(view, chunk))
     padded = [-(-nbytes_of(view, chunk) // _ALIGNMENT) * _ALIGNMENT for chunk in chunks]
     buffer = torch.empty(sum(padded), dtype=torch.uint8)
-    loaded: Chunks = {}
+    loaded: dict[Chunk, torch.Tensor] = {}
     requests = []
     for chunk, start in zip(chunks, accumulate(padded, initial=0), strict=False):
         box = chunk[1]

@@ -5,7 +5,7 @@ A *part* is what one source chunk gives to a box of a target tensor: the box is 
 piece's transform. The reader and the writer both make every value here, so that they cannot differ.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.errors import CheckpointError
 from megatron_growth.planning.plan import Box, Divide, Noise, Piece, Zero
 
-Chunks = dict[Chunk, torch.Tensor]  # those in memory
+Chunks = Mapping[Chunk, torch.Tensor]  # those in memory
 
 
 @dataclass(frozen=True, eq=False)
