@@ -29,7 +29,14 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "jsonschema>=4",
+        ],
     },
     entry_points={"console_scripts": ["megatron-growth=megatron_growth.cli:main"]},
 )

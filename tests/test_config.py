@@ -163,7 +163,7 @@ MISTAKES = [
     ("growth: {depth: {method: map, map: [0, 0], factor: 2}}", "FILE: growth.depth: method 'map' takes its layers from `map` alone, got factor", ""),
     ("growth: {depth: {method: map, map: [0, 0], skip_last: 2}}", "FILE: growth.depth: method 'map' takes its layers from `map` alone, got skip_last", ""),
     ("growth: {depth: {map: [0, 0]}}", "FILE: growth.depth: `map` goes with method 'map', not 'interposition'; set method or drop `map`", ""),
-    ("growth: {depth: {method: map, map: [0, x]}}", "FILE: growth.depth.map.1 'x': ", "integer"),
+    ("growth: {depth: {method: map, map: [0, x]}}", "FILE: growth.depth.map[1] 'x': ", "integer"),
     # choices and ranges
     ("growth: {depth: {method: interpose}}", "FILE: growth.depth.method 'interpose': ", "'interposition', 'stacking' or 'map'"),
     ("growth: {width: {order: random}}", "FILE: growth.width.order 'random': ", "'auto', 'interleave' or 'append'"),

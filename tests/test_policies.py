@@ -108,6 +108,13 @@ def test_only_training_and_the_demos_scripts_import_megatron(path: Path) -> None
         assert not _inside(module, "megatron"), module
 
 
+@pytest.mark.parametrize("path", _of("checkpoint") + _of("training") + _of("planning"), ids=_name)
+def test_nothing_below_knows_the_launcher(path: Path) -> None:
+    for module in _imports(path, at_runtime=True):
+        assert not _inside(module, "megatron_growth.launcher"), module
+        assert not _inside(module, "megatron_growth.cli"), module
+
+
 def test_the_policies_looked_at_something() -> None:
     for folder in ("planning", "checkpoint", "training"):
         assert len(_of(folder)) >= 3
