@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 
 from megatron_growth.errors import ConfigError
+from megatron_growth.overrides import overridden, shown_path
 
 
 class Strict(BaseModel):
@@ -232,18 +233,23 @@ class ExperimentConfig(Strict):
     """How training goes on."""
 
 
-def load_config(path: str | Path) -> ExperimentConfig:
+def load_config(path: str | Path | None, settings: Sequence[str] = ()) -> ExperimentConfig:
     """Read a configuration file.
+
+    Args:
+        path: the file; None starts from an empty one.
+        settings: changes to it, as `--set` takes them.
 
     Raises:
         ConfigError: it is missing, not YAML, or not a configuration; one line for the first thing
             wrong.
     """
-    content = read_mapping(path, "a `growth:` section")
+    content = {} if path is None else read_mapping(path, "a `growth:` section")
     try:
-        return ExperimentConfig.model_validate(content)
+        return ExperimentConfig.model_validate(overridden(content, settings))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, ExperimentConfig)}") from None
+        where = "--set" if path is None else path
+        raise ConfigError(f"{where}: {explain(error, ExperimentConfig)}") from None
 
 
 def read_mapping(path: str | Path, needed: str) -> dict[str, Any]:
@@ -292,12 +298,6 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{where or 'configuration'}: {message}"
     shown = "" if isinstance(found["input"], dict) else f" {found['input']!r}"
     return f"{where}{shown}: {message[0].lower()}{message[1:]}; {_meaning(model, location)}"
-
-
-def shown_path(location: Sequence[str | int]) -> str:
-    """`stages[1].growth.width`, of the keys and the places in lists that lead there."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return "".join(parts).removeprefix(".")
 
 
 def _meaning(model: type[BaseModel], location: tuple[Any, ...]) -> str:

@@ -7,13 +7,12 @@ bytes.
 
 import hashlib
 import json
-import os
-import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_growth.checkpoint.durable import write_safely
 from megatron_growth.checkpoint.noise import STREAM_VERSION
 from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.config import GrowthConfig
@@ -60,14 +59,7 @@ def write(directory: str | Path, manifest: dict[str, Any]) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / MANIFEST
-    with tempfile.NamedTemporaryFile(
-        "w", dir=directory, prefix=f".{MANIFEST}.", delete=False
-    ) as file:
-        json.dump(manifest, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    write_safely(path, json.dumps(manifest, indent=2) + "\n")
     return path
 
 

@@ -2,8 +2,8 @@
 
 A *content* is the bytes of one record, a saved tensor chunk or object, and all places of the grown
 checkpoint that have them: depth copies share their source's record, all clones of an expert share
-one rescaled moment, a noisy clone has a content of its own. Contents whose bytes are a source
-record's need no computing; a link needs none of their bytes at all.
+one rescaled moment, all zeros of a shape are one, a noisy clone has a content of its own. Contents
+whose bytes are a source record's need no computing; a link needs none of their bytes at all.
 
 Target chunks are the source's: one (layer, expert) of a source chunk each, or one layer with all
 experts where the source chunk holds all of them, as a router does.
@@ -21,7 +21,7 @@ from megatron_growth.checkpoint.source import COMMON_OBJECT, SourceTensor
 from megatron_growth.checkpoint.units import Chunk, beside, chunks_of, index_of
 from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.planning.keys import Key
-from megatron_growth.planning.plan import Box, Copy, GrowthPlan, Piece
+from megatron_growth.planning.plan import Box, Copy, GrowthPlan, Piece, Shape, Zero
 
 
 @dataclass(eq=False, slots=True)
@@ -48,29 +48,37 @@ class Content:
 @collector_off()
 def contents_of(view: GrownView) -> list[Content]:
     """Everything that the grown checkpoint holds, each (tensor chunk or object) in one content."""
+    zeros: dict[tuple[Shape, torch.dtype], Content] = {}
     found = [
         content
         for tensor in view.source.tensors.values()
-        for content in _tensor_contents(view, tensor)
+        for content in _tensor_contents(view, tensor, zeros)
     ]
     objects: dict[str, Content] = {}
     for target, source in view.objects.items():
         record = None if source == COMMON_OBJECT else MetadataIndex(source)
         content = objects.setdefault(source, Content(target, None, record, [], 0))
         content.targets.append(MetadataIndex(target))
-    return [*found, *objects.values()]
+    return [*found, *zeros.values(), *objects.values()]
 
 
-def _tensor_contents(view: GrownView, tensor: SourceTensor) -> Iterator[Content]:
+def _tensor_contents(
+    view: GrownView, tensor: SourceTensor, zeros: dict[tuple[Shape, torch.dtype], Content]
+) -> Iterator[Content]:
+    """The contents that a source tensor's chunks become; zeros, alike everywhere, go to `zeros`."""
     source_key = str(tensor.key)
     for chunk in tensor.chunks:
-        found: dict[tuple[tuple[object, ...], ...], Content] = {}
+        found: dict[object, Content] = {}
         for key, box in target_chunks(view.plan, tensor, chunk):
             pieces = view.resolve(key, box)
-            same = tuple((piece.source_key, piece.source, piece.transform) for piece in pieces)
-            if same not in found:
-                found[same] = _content(view, source_key, chunk, key, box, pieces)
-            found[same].targets.append(MetadataIndex(key, torch.Size(box.offsets)))
+            if all(piece.transform == Zero() for piece in pieces):
+                known, same = zeros, (box.sizes, view.dtype(key))
+            else:
+                known = found
+                same = tuple((piece.source_key, piece.source, piece.transform) for piece in pieces)
+            if same not in known:
+                known[same] = _content(view, source_key, chunk, key, box, pieces)
+            known[same].targets.append(MetadataIndex(key, torch.Size(box.offsets)))
         yield from found.values()
 
 

@@ -140,6 +140,9 @@ def _last_word(said: Connection) -> GrowthError | None:
 def _lane[Job](
     lane: Sequence[Job], work: Callable[[Job], None], tell: Connection, parent: int
 ) -> None:
+    torch.set_num_threads(
+        1
+    )  # the lanes fill the cores; and a pool of threads does not outlive a fork
     try:
         for job in lane:
             if os.getppid() != parent:  # killed: nobody would publish this

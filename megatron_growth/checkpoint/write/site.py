@@ -131,12 +131,17 @@ class Site:
             CheckpointError: less than `nbytes` are free.
         """
         have = sum(path.stat().st_size for path in self.work.glob("__*") if path.is_file())
-        free = shutil.disk_usage(self.work).free
+        free = self.free()
         if nbytes - have > free:
             raise CheckpointError(
                 f"{str(self.save)!r} has {free:,} bytes free, but the grown checkpoint needs "
                 f"{nbytes - have:,}; free some, give --save another file system, or use --mode link"
             )
+
+    def free(self) -> int:
+        """Bytes free where it is, or will be."""
+        there = next(path for path in (self.save, *self.save.absolute().parents) if path.exists())
+        return shutil.disk_usage(there).free
 
     def publish(self, described: Mapping[str, Any]) -> None:
         """Make a finished working directory the checkpoint.
