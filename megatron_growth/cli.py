@@ -7,7 +7,9 @@ Exit codes: 0 done, 1 not verified, 2 for the user to put right.
 """
 
 import json
+import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +54,8 @@ from megatron_growth.report.writing import Outlook, document, print_outlook, pri
 if TYPE_CHECKING:
     from megatron_growth.training.forward import Forward
 
+_SECONDS_FOR_RANK_0 = 2
+
 app = typer.Typer(
     help="Grow a Mixture-of-Experts checkpoint while Megatron loads it, and train on.",
     add_completion=False,
@@ -72,12 +76,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line, and exit."""
+    """Run the command line, and exit. Of a torchrun's ranks, which fail together, the first speaks,
+    and the launcher must not end it before."""
     try:
         app(None if argv is None else list(argv), prog_name="megatron-growth")
     except GrowthError as error:
-        message = " ".join(str(error).splitlines())
-        print(f"megatron-growth: error: {message}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            message = " ".join(str(error).splitlines())
+            print(f"megatron-growth: error: {message}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SECONDS_FOR_RANK_0)
         sys.exit(2)
 
 
