@@ -37,6 +37,7 @@ from megatron_growth.checkpoint.verify import Verification, verify
 from megatron_growth.checkpoint.write import Crew, Draft, Mode, Written, grow
 from megatron_growth.config import BaseConfig, ExperimentConfig, GrowthConfig, load_config
 from megatron_growth.errors import ConfigError, GrowthError
+from megatron_growth.launcher import command as launcher
 from megatron_growth.planning.keys import KeyForm
 from megatron_growth.planning.plan import GrowthPlan
 from megatron_growth.quiet import quiet
@@ -72,6 +73,8 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+launcher.register(app)
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 

@@ -119,6 +119,10 @@ class Cluster(Strict):
     save_seconds: Positive = 300
     """Time that saving a checkpoint may take. Walltime, signals and kills leave room for it."""
 
+    start_minutes: Annotated[int, Field(ge=0)] = 5
+    """Time from the start of a job to its first step: containers, preflight, loading. Training ends
+    by itself this much, and `save_seconds`, before the walltime."""
+
     preflight: bool = True
     """Check devices, versions, disk and collectives on all nodes before each start."""
 

@@ -35,6 +35,10 @@ class Substitutions:
         else:
             self._undo.close()
 
+    def undo(self) -> None:
+        """Put everything back."""
+        self._undo.close()
+
     def replace(self, owner: object, name: str, substitute: object) -> None:
         """Replace ``owner.name``, which must exist."""
         if not hasattr(owner, name):
