@@ -102,7 +102,12 @@ class WidthConfig(_Strict):
 
     top_k: Literal["scale", "keep"] = "scale"
     """`scale` multiplies top-k with the experts, as the paper does; `keep` leaves it, which changes
-    the function."""
+    the function unless clones are parked."""
+
+    clones: Literal["active", "parked"] = "active"
+    """`active` clones take tokens at once; `parked` ones (with `top_k: keep` and an `expert_bias`
+    on sigmoid scores) take none until balancing has raised their bias: the function is exactly
+    kept, whatever the noise."""
 
     order: Literal["auto", "interleave", "append"] = "auto"
     """Where clones stand: `interleave` beside the original, on its expert-parallel rank; `append`
@@ -111,6 +116,15 @@ class WidthConfig(_Strict):
 
     noise: NoiseConfig = NoiseConfig()
     """Noise scales."""
+
+    @model_validator(mode="after")
+    def _parked_at_kept_top_k(self) -> "WidthConfig":
+        if self.clones == "parked" and self.top_k == "scale":
+            raise ValueError(
+                f"clones 'parked' take no tokens, but top_k 'scale' sends each token to "
+                f"{self.factor} times as many experts; set `top_k: keep` or `clones: active`"
+            )
+        return self
 
 
 class GrowthConfig(_Strict):

@@ -6,7 +6,8 @@ it feeds.
 
 A *part* is what one source chunk gives to one read item. A *unit* is what must be in memory
 together: one source chunk, or all chunks of the tensor over which a clone's sigma is taken (one
-expert's projection, one layer's router), and with a master its weight, which it must round to.
+expert's projection, one layer's router) or below which it is parked (one layer's biases), and with
+a master its weight, which it must round to.
 A *batch* is units of some 64 MiB, read in one call. Nothing else is held: memory does not grow with
 the model.
 """
@@ -25,7 +26,16 @@ from megatron_growth.checkpoint.noise import add_noise
 from megatron_growth.checkpoint.sigma import standard_deviation
 from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.errors import CheckpointError
-from megatron_growth.planning.plan import Box, Copy, Divide, Noise, Piece, Zero
+from megatron_growth.planning.plan import (
+    PARKING_DISTANCE,
+    Box,
+    Copy,
+    Divide,
+    Noise,
+    Park,
+    Piece,
+    Zero,
+)
 
 BATCH_BYTES = 64 << 20
 _ALIGNMENT = 64
@@ -164,7 +174,8 @@ def _parts(
 
 
 def _group(view: GrownView, parts: list[Part]) -> list[Unit]:
-    """Parts by chunk, chunks joined where a sigma or a check spans several of them (union-find)."""
+    """Parts by chunk, chunks joined where a sigma, a parking place or a check spans several of them
+    (union-find)."""
     leader: dict[Chunk, Chunk] = {}
 
     def find(chunk: Chunk) -> Chunk:
@@ -178,7 +189,7 @@ def _group(view: GrownView, parts: list[Part]) -> list[Unit]:
         key, transform = part.piece.source_key, part.piece.transform
         joined = (
             [(key, c) for c in view.source_chunks(key, transform.scope)]
-            if isinstance(transform, Noise)
+            if isinstance(transform, Noise | Park)
             else []
         )
         if weight := view.weight_of_master(key):
@@ -288,6 +299,8 @@ def _serve(view: GrownView, unit: Unit, chunks: Chunks, planner: LoadPlanner) ->
             values = _noisy(
                 values, part, piece.transform, sigmas[scope], view.source.tensors[key].shape
             )
+        elif isinstance(piece.transform, Park):
+            values = _parked(values, part, _inside(view, (key, piece.transform.scope), chunks))
         else:
             assert isinstance(piece.transform, Copy)
         part.destination.write(part.target, values, planner)
@@ -321,12 +334,7 @@ def _check_masters(view: GrownView, unit: Unit, chunks: Chunks) -> None:
 
 def _sigma(view: GrownView, scope: tuple[str, Box], chunks: Chunks) -> float:
     key, box = scope
-    inside = [
-        _narrow(chunks[key, chunk], chunk, overlap)
-        for chunk in view.source_chunks(key, box)
-        if (overlap := chunk.intersect(box))
-    ]
-    sigma = standard_deviation(inside)
+    sigma = standard_deviation(_inside(view, scope, chunks))
     if not sigma < float("inf"):
         raise CheckpointError(
             f"{key} has values that are not finite in box {box.offsets} {box.sizes}, so its "
@@ -334,6 +342,30 @@ def _sigma(view: GrownView, scope: tuple[str, Box], chunks: Chunks) -> float:
             "the base has diverged: grow an earlier iteration"
         )
     return sigma
+
+
+def _inside(view: GrownView, scope: tuple[str, Box], chunks: Chunks) -> list[torch.Tensor]:
+    """What lies in a box of a source tensor, chunk by chunk."""
+    key, box = scope
+    return [
+        _narrow(chunks[key, chunk], chunk, overlap)
+        for chunk in view.source_chunks(key, box)
+        if (overlap := chunk.intersect(box))
+    ]
+
+
+def _parked(values: torch.Tensor, part: Part, biases: list[torch.Tensor]) -> torch.Tensor:
+    """Selection biases of clones, below those of all originals by more than scores differ."""
+    row = torch.cat([chunk.reshape(-1) for chunk in biases]).double()
+    lowest, highest = float(row.min()), float(row.max())
+    parked = ((values.double() - (highest - lowest)) - PARKING_DISTANCE).to(part.dtype)
+    if not (highest < float("inf") and bool((parked.double() + 1 < lowest).all())):
+        raise CheckpointError(
+            f"{part.piece.source_key} reaches from {lowest:g} to {highest:g}, where {part.dtype} "
+            "cannot place clones below every original; use `clones: active` or grow an earlier "
+            "iteration"
+        )
+    return parked
 
 
 def _noisy(
