@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_growth.checkpoint.noise import STREAM_VERSION
 from megatron_growth.checkpoint.source import SourceCheckpoint
-from megatron_growth.config import GrowthConfig
+from megatron_growth.config import ContinueConfig, GrowthConfig
 from megatron_growth.errors import CheckpointError
 from megatron_growth.planning.plan import GrowthPlan
 
@@ -25,7 +25,11 @@ _PACKAGES = ("megatron-growth", "megatron-core", "torch", "numpy")
 
 
 def describe(
-    source: SourceCheckpoint, base: str | Path, growth: GrowthConfig, plan: GrowthPlan
+    source: SourceCheckpoint,
+    base: str | Path,
+    growth: GrowthConfig,
+    plan: GrowthPlan,
+    settings: ContinueConfig | None = None,
 ) -> dict[str, Any]:
     """The manifest of one growth.
 
@@ -34,7 +38,9 @@ def describe(
         base: its Megatron checkpoint directory, as the user gave it.
         growth: what the user asked for.
         plan: what was made of it.
+        settings: what went on from the base; None where no run was started.
     """
+    started = {} if settings is None else {"continue": settings.model_dump(mode="json")}
     return {
         "base": str(base),
         "iteration": (source.common_state or {}).get("iteration"),
@@ -42,6 +48,7 @@ def describe(
             (source.directory / ".metadata").read_bytes()
         ).hexdigest(),
         "growth": growth.model_dump(mode="json"),
+        **started,
         "plan": json.loads(plan.to_json()),
         "plan_fingerprint": plan.fingerprint,
         "seed": plan.seed,

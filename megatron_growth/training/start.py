@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.common_state import grown_args
@@ -81,17 +81,20 @@ def decide(config: ExperimentConfig, argv: Sequence[str]) -> Start:
         )
     words = [*argv, *_schedule(config.continue_, given)]
     if save is not None and (Path(save) / TRACKER).is_file():
-        return _resume(config.growth, words, Path(save))
+        return _resume(config, words, Path(save))
     return _grow(config, words, given, Path(load))
 
 
-def _resume(growth: GrowthConfig, argv: Sequence[str], save: Path) -> Start:
+def _resume(config: ExperimentConfig, argv: Sequence[str], save: Path) -> Start:
     written = manifest.read(save)
-    if written is not None and _recorded_growth(written, save) != growth:
+    if written is not None and _recorded(GrowthConfig, written, "growth", save) != config.growth:
         raise ConfigError(
             f"{str(save)!r} holds a run grown by another configuration (see {manifest.MANIFEST} "
             "there); give --save a new directory, or the configuration it was grown by"
         )
+    if written is not None and "continue" in written:  # older manifests do not say
+        started = _recorded(ContinueConfig, written, "continue", save)
+        _check_continues_as_started(started, config.continue_, save)
     directory = iteration_directory(save)
     source = SourceCheckpoint(directory, weights_only=True)
     words = arguments.completed(_without(argv, {**_FIRST_LOAD_ONLY, "--load": True}), _args(source))
@@ -99,15 +102,32 @@ def _resume(growth: GrowthConfig, argv: Sequence[str], save: Path) -> Start:
     return Start([*words, "--load", str(save)], None, None, None, message)
 
 
-def _recorded_growth(written: dict[str, Any], save: Path) -> GrowthConfig:
+def _recorded[Section: BaseModel](
+    section: type[Section], written: dict[str, Any], key: str, save: Path
+) -> Section:
     """As a configuration, so that a field added since has its default in both."""
     try:
-        return GrowthConfig.model_validate(written.get("growth"))
+        return section.model_validate(written.get(key))
     except ValidationError:
         raise CheckpointError(
             f"{str(save / manifest.MANIFEST)!r} does not say how the run was grown; restore or "
             "remove it"
         ) from None
+
+
+def _check_continues_as_started(
+    started: ContinueConfig, given: ContinueConfig, save: Path
+) -> None:
+    """`continue:` is for the growth alone; a run that resumes would not do what a change of it
+    says."""
+    before, after = started.model_dump(mode="json"), given.model_dump(mode="json")
+    for name in before:
+        if before[name] != after[name]:
+            raise ConfigError(
+                f"continue.{name} is {after[name]!r}, but the run in {str(save)!r} was started "
+                f"with {before[name]!r} and goes on with that; put it back, or give --save a new "
+                "directory to grow anew"
+            )
 
 
 def _grow(
@@ -139,7 +159,11 @@ def _grow(
     message += _undone(plan, given)
     message += "".join(f"\n  {line}" for line in _router_notes(config.growth, source, given))
     return Start(
-        words, directory, plan, manifest.describe(source, load, config.growth, plan), message
+        words,
+        directory,
+        plan,
+        manifest.describe(source, load, config.growth, plan, config.continue_),
+        message,
     )
 
 
