@@ -160,8 +160,9 @@ class BaseConfig(_Strict):
     """Megatron checkpoint directory, the one that holds `latest_checkpointed_iteration.txt`;
     `--load` overrides it."""
 
-    iteration: Annotated[int, Field(ge=0)] | Literal["latest"] = "latest"
-    """Which iteration of it."""
+    iteration: Annotated[int, Field(ge=0)] | Literal["latest", "release"] = "latest"
+    """Which iteration of it; `release` is the checkpoint in the directory of that name, which has
+    none."""
 
 
 class LearningRateConfig(_Strict):

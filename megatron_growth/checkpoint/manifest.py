@@ -44,6 +44,7 @@ def describe(
     return {
         "base": str(base),
         "iteration": (source.common_state or {}).get("iteration"),
+        "directory": source.directory.name,
         "base_fingerprint": hashlib.sha256(
             (source.directory / ".metadata").read_bytes()
         ).hexdigest(),
@@ -91,6 +92,17 @@ def read(directory: str | Path) -> dict[str, Any] | None:
         return None
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged ({error}); restore or remove it") from None
+
+
+def base_iteration(manifest: dict[str, Any]) -> int | str:
+    """Which checkpoint of the base a manifest is of, as a configuration says it; one that lacks the
+    directory's name has at least an iteration, or the base said none."""
+    name = str(manifest.get("directory", ""))
+    number = name.removeprefix("iter_")
+    if number.isdigit():
+        return int(number)
+    iteration = manifest.get("iteration")
+    return "release" if name == "release" else "latest" if iteration is None else iteration
 
 
 def _version(package: str) -> str | None:

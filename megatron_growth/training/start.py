@@ -115,9 +115,7 @@ def _recorded[Section: BaseModel](
         ) from None
 
 
-def _check_continues_as_started(
-    started: ContinueConfig, given: ContinueConfig, save: Path
-) -> None:
+def _check_continues_as_started(started: ContinueConfig, given: ContinueConfig, save: Path) -> None:
     """`continue:` is for the growth alone; a run that resumes would not do what a change of it
     says."""
     before, after = started.model_dump(mode="json"), given.model_dump(mode="json")
@@ -146,8 +144,7 @@ def _grow(
     _check_experts_divide(given, plan)
     _check_optimizer(source, plan, given)
     words += ["--load", str(load)]
-    if iteration != "latest":
-        words += ["--ckpt-step", str(iteration)]
+    words += _checkpoint_step(load, iteration)
     if plan.optimizer == "reset" and not given.get("no_load_optim"):
         words.append("--no-load-optim")
     message = (
@@ -165,6 +162,20 @@ def _grow(
         manifest.describe(source, load, config.growth, plan, config.continue_),
         message,
     )
+
+
+def _checkpoint_step(load: Path, iteration: int | str) -> list[str]:
+    """Megatron's option for one iteration of a base. For `release` there is none: the tracker must
+    name it."""
+    if isinstance(iteration, int):
+        return ["--ckpt-step", str(iteration)]
+    latest = iteration_directory(load).name
+    if iteration == "release" and latest != "release":
+        raise CheckpointError(
+            f"base.iteration 'release' cannot be loaded by Megatron, for {TRACKER} in "
+            f"{str(load)!r} names {latest}; write 'release' in it, in a copy if need be"
+        )
+    return []
 
 
 def _router_notes(

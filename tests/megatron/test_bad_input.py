@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_growth import GrowthConfig, GrowthStorageReader
 from megatron_growth.config import ExperimentConfig
-from megatron_growth.errors import GrowthError
+from megatron_growth.errors import CheckpointError, GrowthError
 from megatron_growth.training import cpu_backend, entry, start
 from tests.checkpoint.bases import Model, megatron, objects, save, tensors
 from tests.megatron.driver import REPOSITORY
@@ -174,6 +174,23 @@ def test_a_run_grown_by_another_configuration_is_not_taken_up(tmp_path: Path, ba
     run = checkpoint(tmp_path / "run")
     (run / "growth_manifest.json").write_text('{"growth": {"depth": {"factor": 3}}}')
     assert "grown by another configuration" in refusal(tmp_path, base, GROWTH, ["--save", str(run)])
+
+
+def test_a_release_is_loaded_where_the_tracker_names_it(tmp_path: Path) -> None:
+    cpu_backend.install()
+    folder = checkpoint(tmp_path / "base")
+    (folder / "iter_0000007").rename(folder / "release")
+    argv = ["--load", str(folder), "--save", str(tmp_path / "run")]
+    config = ExperimentConfig.model_validate({"base": {"iteration": "release"}, "growth": GROWTH})
+    with pytest.raises(CheckpointError, match=r"iter_0000007' does not exist.*release"):
+        start.decide(config, argv)  # the tracker still says 7
+    (folder / "iter_0000007").mkdir()
+    with pytest.raises(CheckpointError, match="names iter_0000007; write 'release' in it"):
+        start.decide(config, argv)
+    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    begin = start.decide(config, argv)
+    assert begin.source == folder / "release"
+    assert "--ckpt-step" not in begin.argv
 
 
 def started(run: Path, **fields: Any) -> Path:
