@@ -16,7 +16,12 @@ from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.common_state import grown_args
 from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
-from megatron_growth.config import ContinueConfig, ExperimentConfig, GrowthConfig
+from megatron_growth.config import (
+    ContinueConfig,
+    ExperimentConfig,
+    GrowthConfig,
+    LearningRateConfig,
+)
 from megatron_growth.errors import CheckpointError, ConfigError, PlanError
 from megatron_growth.planning.build import router_growth
 from megatron_growth.planning.plan import GrowthPlan
@@ -196,8 +201,7 @@ def _schedule(settings: ContinueConfig, given: dict[str, Any]) -> list[str]:
         "lr": rate.peak,
         "min_lr": rate.min,
         "lr_decay_style": rate.decay_style,
-        "lr_warmup_iters": rate.warmup_iters,
-        "lr_decay_iters": rate.decay_iters,
+        **_lengths(rate, given),
     }
     values = {name: value for name, value in values.items() if value is not None}
     clash = next((name for name in values if name in given and given[name] != values[name]), None)
@@ -207,6 +211,36 @@ def _schedule(settings: ContinueConfig, given: dict[str, Any]) -> list[str]:
             f"the configuration, which sets {values[clash]!r}; say it in one place"
         )
     return arguments.render({name: value for name, value in values.items() if name not in given})
+
+
+def _lengths(rate: LearningRateConfig, given: dict[str, Any]) -> dict[str, int | None]:
+    """Warm-up and decay as the run counts: in iterations, or with `--train-samples` in samples."""
+    lengths = {"lr_warmup": rate.warmup_iters, "lr_decay": rate.decay_iters}
+    if not given.get("train_samples"):
+        return {f"{name}_iters": iters for name, iters in lengths.items()}
+    batch = _batch_size(given) if any(lengths.values()) else 0
+    return {
+        f"{name}_samples": None if iters is None else iters * batch
+        for name, iters in lengths.items()
+    }
+
+
+def _batch_size(given: dict[str, Any]) -> int:
+    """Samples of every iteration; known only where all have as many."""
+    for name in ("rampup_batch_size", "step_batch_size_schedule"):
+        if given.get(name):
+            raise ConfigError(
+                f"continue.learning_rate counts iterations and --train-samples samples, but with "
+                f"--{name.replace('_', '-')} {given[name]!r} iterations are of different sizes; "
+                "give the schedule in samples on the command line and leave continue.learning_rate "
+                "out"
+            )
+    if not given.get("global_batch_size"):
+        raise ConfigError(
+            "continue.learning_rate counts iterations and --train-samples samples, and how many of "
+            "these an iteration has is not said; give --global-batch-size"
+        )
+    return int(given["global_batch_size"])
 
 
 def _in_target_form(

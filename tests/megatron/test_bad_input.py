@@ -2,6 +2,7 @@
 code not 0."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,52 @@ def started(run: Path, **fields: Any) -> Path:
 
 
 RATE = {"learning_rate": {"peak": 2e-3}}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "how many of these an iteration has is not said; give --global-batch-size"),
+        (
+            ["--global-batch-size", "8", "--rampup-batch-size", "2", "2", "100"],
+            "with --rampup-batch-size [2, 2, 100] iterations are of different sizes",
+        ),
+        (
+            ["--step-batch-size-schedule", "0:4 100:8"],
+            "with --step-batch-size-schedule '0:4 100:8' iterations are of different sizes",
+        ),
+    ],
+)
+def test_a_schedule_in_iterations_for_a_run_in_samples_of_unknown_number(
+    argv: list[str], said: str, tmp_path: Path, base: Path
+) -> None:
+    settings = {"learning_rate": {"peak": 2e-3, "warmup_iters": 4}}
+    words = ["--train-samples", "100", *argv]
+    assert said in refusal(tmp_path, base, GROWTH, words, settings)
+
+
+@pytest.mark.parametrize(
+    ("rate", "argv", "words"),
+    [
+        (
+            {"warmup_iters": 4, "decay_iters": 9},
+            ["--train-samples", "100", "--global-batch-size", "8"],
+            "--lr-warmup-samples 32 --lr-decay-samples 72",
+        ),
+        ({"warmup_iters": 4}, ["--train-iters", "20"], "--lr-warmup-iters 4"),
+        ({}, ["--train-samples", "100"], ""),
+    ],
+)
+def test_a_schedule_is_said_as_the_run_counts(
+    rate: dict[str, Any], argv: list[str], words: str, base: Path
+) -> None:
+    cpu_backend.install()
+    settings = {"learning_rate": {"peak": 2e-3, **rate}}
+    config = ExperimentConfig.model_validate({"growth": GROWTH, "continue": settings})
+    begun = " ".join(start.decide(config, ["--load", str(base), *argv]).argv)
+    lengths = re.findall(r"--lr-(?:warmup|decay)-(?:iters|samples) \d+", begun)
+    assert " ".join(lengths) == words
+    assert "--lr 0.002" in begun
 
 
 @pytest.mark.parametrize(

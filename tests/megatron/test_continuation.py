@@ -70,6 +70,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "kept": ({}, []),
     "rate by argument": ({}, ["--lr", "5e-4", "--lr-decay-style", "constant"]),
     "rate warmed up anew": (NEW_RATE, []),
+    "rate warmed up anew, in samples": (
+        NEW_RATE,
+        ["--train-samples", str((BASE_STEPS + 5) * SAMPLES_A_STEP)],
+    ),
     "all anew": ({**NEW_RATE, "iteration": "reset", "data": "reset"}, []),
     "iteration anew": ({"iteration": "reset"}, []),
     "data from 200": ({"data": {"offset": 200}}, []),
@@ -168,6 +172,8 @@ def _settings_jobs(folder: Path, base: Path) -> list[Job]:
         argv = ["--growth-config", file, *continuing(5, EP2), *arguments]
         if settings.get("iteration") == "reset":
             argv = changed(argv, train_iters="5")
+        if "--train-samples" in arguments:
+            argv = changed(argv, train_iters=None)
         jobs.append(
             Job(
                 name,
@@ -227,6 +233,8 @@ def test_the_learning_rate_takes_effect(runs: dict[str, Result]) -> None:
     assert rates["rate by argument"] == [5e-4] * 5
     assert rates["rate warmed up anew"] == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3])
     assert rates["all anew"] == rates["rate warmed up anew"]
+    assert rates["rate warmed up anew, in samples"] == rates["rate warmed up anew"]
+    assert runs["rate warmed up anew, in samples"].iterations == [11, 12, 13, 14, 15]
 
 
 @pytest.mark.slow
