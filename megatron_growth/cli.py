@@ -296,7 +296,7 @@ def _experiment(
             f"{str(from_manifest)!r} holds no {manifest.MANIFEST}; give the directory of a grown "
             "run"
         )
-    base = {"load": recorded["base"], "iteration": recorded["iteration"]}
+    base = {"load": recorded["base"], "iteration": manifest.base_iteration(recorded)}
     return ExperimentConfig.model_validate({"base": base, "growth": recorded["growth"]}), recorded[
         "plan_fingerprint"
     ]

@@ -106,7 +106,12 @@ class WidthConfig(Strict):
 
     top_k: Literal["scale", "keep"] = "scale"
     """`scale` multiplies top-k with the experts, as the paper does; `keep` leaves it, which changes
-    the function."""
+    the function unless clones are parked."""
+
+    clones: Literal["active", "parked"] = "active"
+    """`active` clones take tokens at once; `parked` ones (with `top_k: keep` and an `expert_bias`
+    on sigmoid scores) take none until balancing has raised their bias: the function is exactly
+    kept, whatever the noise."""
 
     order: Literal["auto", "interleave", "append"] = "auto"
     """Where clones stand: `interleave` beside the original, on its expert-parallel rank; `append`
@@ -115,6 +120,15 @@ class WidthConfig(Strict):
 
     noise: NoiseConfig = NoiseConfig()
     """Noise scales."""
+
+    @model_validator(mode="after")
+    def _parked_at_kept_top_k(self) -> "WidthConfig":
+        if self.clones == "parked" and self.top_k == "scale":
+            raise ValueError(
+                f"clones 'parked' take no tokens, but top_k 'scale' sends each token to "
+                f"{self.factor} times as many experts; set `top_k: keep` or `clones: active`"
+            )
+        return self
 
 
 class GrowthConfig(Strict):
@@ -150,8 +164,9 @@ class BaseConfig(Strict):
     """Megatron checkpoint directory, the one that holds `latest_checkpointed_iteration.txt`;
     `--load` overrides it."""
 
-    iteration: Annotated[int, Field(ge=0)] | Literal["latest"] = "latest"
-    """Which iteration of it."""
+    iteration: Annotated[int, Field(ge=0)] | Literal["latest", "release"] = "latest"
+    """Which iteration of it; `release` is the checkpoint in the directory of that name, which has
+    none."""
 
 
 class LearningRateConfig(Strict):

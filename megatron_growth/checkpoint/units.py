@@ -1,7 +1,8 @@
 """Source chunks, and which of them must be in memory together.
 
 A *unit* is one source chunk, or all chunks of the tensor over which a clone's sigma is taken (one
-expert's projection, one layer's router), and with a master its weight, which it must round to.
+expert's projection, one layer's router) or below which it is parked (one layer's biases), and with
+a master its weight, which it must round to.
 Whoever makes grown values, the reader at load or the writer offline, goes through the source unit
 by unit: each chunk is read once, and memory does not grow with the model.
 """
@@ -14,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_growth.checkpoint.view import GrownView
-from megatron_growth.planning.plan import Box, Noise, Piece, Zero
+from megatron_growth.planning.plan import Box, Noise, Park, Piece, Zero
 
 Chunk = tuple[str, Box]  # source key, and which of its chunks
 
@@ -36,12 +37,12 @@ def chunks_of(view: GrownView, piece: Piece) -> list[Chunk]:
 
 
 def beside(view: GrownView, piece: Piece) -> Iterator[Chunk]:
-    """The source chunks that must be in memory beside a piece's own: for its sigma, for the check
-    of its master."""
+    """The source chunks that must be in memory beside a piece's own: for its sigma or parking
+    place, for the check of its master."""
     if isinstance(piece.transform, Zero):
         return
     key = piece.source_key
-    if isinstance(piece.transform, Noise):
+    if isinstance(piece.transform, Noise | Park):
         yield from ((key, chunk) for chunk in view.source_chunks(key, piece.transform.scope))
     if weight := view.weight_of_master(key):
         for chunk in view.source_chunks(key, piece.source):

@@ -15,7 +15,16 @@ from megatron_growth.checkpoint.sigma import standard_deviation
 from megatron_growth.checkpoint.units import Chunk
 from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.errors import CheckpointError
-from megatron_growth.planning.plan import Box, Divide, Noise, Piece, Zero
+from megatron_growth.planning.plan import (
+    PARKING_DISTANCE,
+    Box,
+    Copy,
+    Divide,
+    Noise,
+    Park,
+    Piece,
+    Zero,
+)
 
 Chunks = Mapping[Chunk, torch.Tensor]  # those in memory
 
@@ -85,7 +94,8 @@ class Values:
         """A part's values in the shape of its overlap; None for zeros.
 
         Raises:
-            CheckpointError: the source is not finite where noise needs its standard deviation.
+            CheckpointError: the source is not finite where noise needs its standard deviation, or
+                too wide to park clones below it.
         """
         if part.chunk is None:
             return None
@@ -95,6 +105,9 @@ class Values:
             return (values.float() / transform.by).to(part.dtype)
         if isinstance(transform, Noise):
             return self._noisy(values, part, transform)
+        if isinstance(transform, Park):
+            return _parked(values, part, self._inside(part.piece.source_key, transform.scope))
+        assert isinstance(transform, Copy)
         return values
 
     def check_master(self, master: Chunk) -> None:
@@ -141,12 +154,7 @@ class Values:
         return self._sigmas[key, scope]
 
     def _measured(self, key: str, scope: Box) -> float:
-        inside = [
-            narrow(self._chunks[key, chunk], chunk, overlap)
-            for chunk in self._view.source_chunks(key, scope)
-            if (overlap := chunk.intersect(scope))
-        ]
-        sigma = standard_deviation(inside)
+        sigma = standard_deviation(self._inside(key, scope))
         if not sigma < float("inf"):
             raise CheckpointError(
                 f"{key} has values that are not finite in box {scope.offsets} {scope.sizes}, so "
@@ -154,6 +162,28 @@ class Values:
                 "the base has diverged: grow an earlier iteration"
             )
         return sigma
+
+    def _inside(self, key: str, scope: Box) -> list[torch.Tensor]:
+        """What lies in a box of a source tensor, chunk by chunk."""
+        return [
+            narrow(self._chunks[key, chunk], chunk, overlap)
+            for chunk in self._view.source_chunks(key, scope)
+            if (overlap := chunk.intersect(scope))
+        ]
+
+
+def _parked(values: torch.Tensor, part: Part, biases: list[torch.Tensor]) -> torch.Tensor:
+    """Selection biases of clones, below those of all originals by more than scores differ."""
+    row = torch.cat([chunk.reshape(-1) for chunk in biases]).double()
+    lowest, highest = float(row.min()), float(row.max())
+    parked = ((values.double() - (highest - lowest)) - PARKING_DISTANCE).to(part.dtype)
+    if not (highest < float("inf") and bool((parked.double() + 1 < lowest).all())):
+        raise CheckpointError(
+            f"{part.piece.source_key} reaches from {lowest:g} to {highest:g}, where {part.dtype} "
+            "cannot place clones below every original; use `clones: active` or grow an earlier "
+            "iteration"
+        )
+    return parked
 
 
 def narrow(tensor: torch.Tensor, whole: Box, part: Box) -> torch.Tensor:
