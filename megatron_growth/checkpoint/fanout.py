@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
+from megatron_growth.checkpoint.collector import collector_off
 from megatron_growth.checkpoint.units import (
     Chunk,
     Unit,
@@ -82,7 +83,9 @@ def read_tensors(view: GrownView, items: Iterable[ReadItem], planner: LoadPlanne
             where noise needs their standard deviation.
     """
     destinations = [d for d in map(Destination.of, items) if d.missing]
-    for batch in _batches(view, group(_demands(view, destinations))):
+    with collector_off():
+        units = group(_demands(view, destinations))
+    for batch in _batches(view, units):
         chunks = _read(view, [chunk for unit in batch for chunk in unit.chunks])
         values = Values(view, chunks)
         for chunk in chunks:

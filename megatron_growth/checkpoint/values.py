@@ -68,7 +68,7 @@ class Part:
 
 def parts_of(view: GrownView, key: str, box: Box) -> Iterator[Part]:
     """The parts that tile `box` of target tensor `key`."""
-    dtype = view.dtype(key)
+    dtype = view.dtypes[key]
     for piece in view.resolve(key, box):
         if isinstance(piece.transform, Zero):
             yield Part(piece, dtype, None, piece.source)

@@ -530,7 +530,7 @@ def _second_moments_divided_by_m(monkeypatch):
 
 
 def _parked_too_near(monkeypatch):
-    monkeypatch.setattr(growth_values, "PARKING_DISTANCE", 1.0)
+    monkeypatch.setattr(growth_values, "PARKING_DISTANCE", 1.5)
 
 
 def _parked_by_the_expert_alone(monkeypatch):

@@ -157,8 +157,8 @@ def _lane[Job](
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread for torch inside: blocks are small, and a pool that waits for a core which something
-    else has is many times slower. Nor would a pool outlive a fork."""
+    """One thread for torch inside: blocks are small, and a pool that waits for a core is many times
+    slower. Nor would a pool outlive a fork."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -172,7 +172,7 @@ class _Maker:
         view = self._view
         if content.box is None:
             return [grown_common_state(view.source.common_state or {}, view.plan)]
-        tensor = self._memory(content.box.sizes, view.dtype(content.key))
+        tensor = self._memory(content.box.sizes, view.dtypes[content.key])
         for part in parts_of(view, content.key, content.box):
             values.write(part, narrow(tensor, content.box, part.target))
         return tensor
