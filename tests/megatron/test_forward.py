@@ -9,7 +9,7 @@ import torch
 from megatron_growth import GrowthConfig
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.plan import Architecture, GrowthPlan
-from megatron_growth.planning.rules import Router
+from megatron_growth.planning.router import Router
 from megatron_growth.training.forward import compared, keeps_function, noise_share
 
 SOURCE = Architecture(num_layers=4, num_experts=8, top_k=2, key_form="stacked")
