@@ -149,6 +149,17 @@ def logits(probe: Probe) -> None:
         torch.save(found, probe.options["logits"])
 
 
+def logits_of_other_rows(probe: Probe) -> None:
+    """The logits of a model grown wrongly: each expert has the router row of its neighbour."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    (model,) = probe.model
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.weight.data.copy_(module.weight.data.roll(2, 0))  # by one original and its clone
+    logits(probe)
+
+
 def compare_and_logits(probe: Probe) -> dict[str, Any]:
     logits(probe)
     return compare(probe)

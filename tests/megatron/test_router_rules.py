@@ -22,6 +22,7 @@ from megatron_growth.errors import PlanError
 from megatron_growth.planning import rules
 from megatron_growth.planning.experts import ExpertMap
 from megatron_growth.planning.plan import PARKING_DISTANCE
+from megatron_growth.planning.router import read_router
 from megatron_growth.training import cpu_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:megatron")
@@ -318,7 +319,7 @@ def growth(
     mode: str = "scale",
     parked: bool = False,
 ) -> rules.RouterGrowth:
-    router = rules.read_router(Namespace(num_experts=E, moe_router_topk=top_k, **options))
+    router = read_router(Namespace(num_experts=E, moe_router_topk=top_k, **options))
     assert router is not None
     return rules.apply(router, m, order=order, top_k=mode, parked=parked)  # type: ignore[arg-type]
 
@@ -755,7 +756,7 @@ LAYERS = {
 def test_the_whole_layer_keeps_its_output(row: str, parallel: None) -> None:
     top_k, options, mode, order = LAYERS[row]
     made = rules.apply(
-        rules.read_router(Namespace(num_experts=4, moe_router_topk=top_k, **options)),
+        read_router(Namespace(num_experts=4, moe_router_topk=top_k, **options)),
         2,
         order=order,
         top_k=mode,
