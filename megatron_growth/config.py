@@ -12,6 +12,7 @@ library takes.
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,9 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 
 from megatron_growth.errors import ConfigError
+from megatron_growth.overrides import overridden, shown_path
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A section of a file of ours: frozen, no unknown keys, each field documented below it."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -32,7 +36,7 @@ class _Strict(BaseModel):
     )
 
 
-class DepthConfig(_Strict):
+class DepthConfig(Strict):
     """Depth growth: more layers, each a copy of one of the base's."""
 
     method: Literal["interposition", "stacking", "map"] = "interposition"
@@ -83,7 +87,7 @@ class DepthConfig(_Strict):
         return self
 
 
-class NoiseConfig(_Strict):
+class NoiseConfig(Strict):
     """Noise on clones: N(0, (alpha * sigma)^2), sigma the standard deviation of the original
     tensor."""
 
@@ -94,7 +98,7 @@ class NoiseConfig(_Strict):
     """alpha for router rows; sigma over the layer's router matrix. 0.01 is the paper's."""
 
 
-class WidthConfig(_Strict):
+class WidthConfig(Strict):
     """Width growth: each expert, and its router row, becomes `factor` clones."""
 
     factor: Annotated[int, Field(ge=2)] = 2
@@ -102,7 +106,12 @@ class WidthConfig(_Strict):
 
     top_k: Literal["scale", "keep"] = "scale"
     """`scale` multiplies top-k with the experts, as the paper does; `keep` leaves it, which changes
-    the function."""
+    the function unless clones are parked."""
+
+    clones: Literal["active", "parked"] = "active"
+    """`active` clones take tokens at once; `parked` ones (with `top_k: keep` and an `expert_bias`
+    on sigmoid scores) take none until balancing has raised their bias: the function is exactly
+    kept, whatever the noise."""
 
     order: Literal["auto", "interleave", "append"] = "auto"
     """Where clones stand: `interleave` beside the original, on its expert-parallel rank; `append`
@@ -112,8 +121,17 @@ class WidthConfig(_Strict):
     noise: NoiseConfig = NoiseConfig()
     """Noise scales."""
 
+    @model_validator(mode="after")
+    def _parked_at_kept_top_k(self) -> "WidthConfig":
+        if self.clones == "parked" and self.top_k == "scale":
+            raise ValueError(
+                f"clones 'parked' take no tokens, but top_k 'scale' sends each token to "
+                f"{self.factor} times as many experts; set `top_k: keep` or `clones: active`"
+            )
+        return self
 
-class GrowthConfig(_Strict):
+
+class GrowthConfig(Strict):
     """What to grow; `depth`, `width` or both."""
 
     depth: DepthConfig | None = None
@@ -139,18 +157,19 @@ class GrowthConfig(_Strict):
         return self
 
 
-class BaseConfig(_Strict):
+class BaseConfig(Strict):
     """The source checkpoint."""
 
     load: Path | None = None
     """Megatron checkpoint directory, the one that holds `latest_checkpointed_iteration.txt`;
     `--load` overrides it."""
 
-    iteration: Annotated[int, Field(ge=0)] | Literal["latest"] = "latest"
-    """Which iteration of it."""
+    iteration: Annotated[int, Field(ge=0)] | Literal["latest", "release"] = "latest"
+    """Which iteration of it; `release` is the checkpoint in the directory of that name, which has
+    none."""
 
 
-class LearningRateConfig(_Strict):
+class LearningRateConfig(Strict):
     """A schedule that starts anew at the growth, warm-up first."""
 
     peak: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -180,14 +199,14 @@ class LearningRateConfig(_Strict):
         return self
 
 
-class DataOffset(_Strict):
+class DataOffset(Strict):
     """Where in the data to go on."""
 
     offset: Annotated[int, Field(ge=0)]
     """Samples taken as consumed, counted from the start of the data."""
 
 
-class ContinueConfig(_Strict):
+class ContinueConfig(Strict):
     """What goes on from the base when training starts on the grown model, and what starts anew."""
 
     data: Literal["keep", "reset"] | DataOffset = "keep"
@@ -216,7 +235,7 @@ class ContinueConfig(_Strict):
         return self
 
 
-class ExperimentConfig(_Strict):
+class ExperimentConfig(Strict):
     """A configuration file."""
 
     base: BaseConfig = BaseConfig()
@@ -229,12 +248,34 @@ class ExperimentConfig(_Strict):
     """How training goes on."""
 
 
-def load_config(path: str | Path) -> ExperimentConfig:
+def load_config(path: str | Path | None, settings: Sequence[str] = ()) -> ExperimentConfig:
     """Read a configuration file.
+
+    Args:
+        path: the file; None starts from an empty one.
+        settings: changes to it, as `--set` takes them.
 
     Raises:
         ConfigError: it is missing, not YAML, or not a configuration; one line for the first thing
             wrong.
+    """
+    content = {} if path is None else read_mapping(path, "a `growth:` section")
+    try:
+        return ExperimentConfig.model_validate(overridden(content, settings))
+    except ValidationError as error:
+        where = "--set" if path is None else path
+        raise ConfigError(f"{where}: {explain(error, ExperimentConfig)}") from None
+
+
+def read_mapping(path: str | Path, needed: str) -> dict[str, Any]:
+    """The content of a YAML file.
+
+    Args:
+        path: the file.
+        needed: what an empty file lacks, for the error.
+
+    Raises:
+        ConfigError: it is missing, not YAML, or no mapping.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -249,12 +290,9 @@ def load_config(path: str | Path) -> ExperimentConfig:
     if not isinstance(content, dict):
         raise ConfigError(
             f"configuration {str(path)!r} holds {type(content).__name__}, not a mapping; "
-            "it needs a `growth:` section, see configs/"
+            f"it needs {needed}, see configs/"
         )
-    try:
-        return ExperimentConfig.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, ExperimentConfig)}") from None
+    return content
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -264,7 +302,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     # error.
     found = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
     location = tuple(part for part in found["loc"] if not _is_union_tag(part))
-    where = ".".join(map(str, location))
+    where = shown_path(location)
     if found["type"] == "extra_forbidden":
         known = list(_fields_at(model, location[:-1]))
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
@@ -278,26 +316,43 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _meaning(model: type[BaseModel], location: tuple[Any, ...]) -> str:
-    """A field's documentation on one line."""
-    names = [part for part in location if isinstance(part, str)]
-    field = _fields_at(model, tuple(names[:-1]))[names[-1]]
-    return f"{names[-1]}: {' '.join((field.description or '').split())}"
+    """What a field's documentation says, on one line."""
+    while location:
+        *above, name = location
+        field = _fields_at(model, tuple(above)).get(name)
+        if field is not None:
+            return f"{name}: {' '.join((field.description or '').split())}"
+        location = tuple(above)  # an entry of a list or of a free mapping: its field speaks
+    return ""
 
 
 def _is_union_tag(part: object) -> bool:
     """Pydantic puts the tried member of a union into an error's location: a type's name, a
     literal's values."""
     return isinstance(part, str) and (
-        part.startswith(("literal[", "constrained-"))
+        part.startswith(("literal[", "constrained-", "list["))
         or part[:1].isupper()
-        or part in ("int", "str")
+        or part in ("bool", "float", "int", "str", "[key]")
     )
 
 
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> dict[str, FieldInfo]:
-    """The fields, by the key they have in YAML, of the section at `location`."""
+    """The fields, by the key they have in YAML, of the section at `location`; none where it is no
+    section."""
     for part in location:
-        field = next(f for name, f in model.model_fields.items() if part in (name, f.alias))
-        members = getattr(field.annotation, "__args__", (field.annotation,))
-        model = next(m for m in members if isinstance(m, type) and issubclass(m, BaseModel))
+        if isinstance(part, int):
+            continue  # a list's sections are found by the list's own key
+        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
+        section = field and _section(field.annotation)
+        if not section:
+            return {}
+        model = section
     return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section in a field's type: itself, a union's member, a list's entry."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    members = getattr(annotation, "__args__", ())
+    return next((found for found in map(_section, members) if found), None)

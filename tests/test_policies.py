@@ -15,7 +15,7 @@ from megatron_growth.config import load_config
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "megatron_growth"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.y*ml"))
+GROWTH_FILES = sorted((REPOSITORY / "configs").glob("*.y*ml"))  # experiments: tests/launcher
 
 
 def _name(path: Path) -> str:
@@ -108,6 +108,13 @@ def test_only_training_and_the_demos_scripts_import_megatron(path: Path) -> None
         assert not _inside(module, "megatron"), module
 
 
+@pytest.mark.parametrize("path", _of("checkpoint") + _of("training") + _of("planning"), ids=_name)
+def test_nothing_below_knows_the_launcher(path: Path) -> None:
+    for module in _imports(path, at_runtime=True):
+        assert not _inside(module, "megatron_growth.launcher"), module
+        assert not _inside(module, "megatron_growth.cli"), module
+
+
 def test_the_policies_looked_at_something() -> None:
     for folder in ("planning", "checkpoint", "training"):
         assert len(_of(folder)) >= 3
@@ -119,9 +126,9 @@ def test_the_policies_looked_at_something() -> None:
     )
 
 
-@pytest.mark.skipif(not CONFIGS, reason="configs/ holds no YAML")
-@pytest.mark.parametrize("path", CONFIGS, ids=_name)
-def test_every_configuration_of_ours_loads(path: Path) -> None:
+@pytest.mark.skipif(not GROWTH_FILES, reason="configs/ holds no YAML")
+@pytest.mark.parametrize("path", GROWTH_FILES, ids=_name)
+def test_every_growth_file_of_ours_loads(path: Path) -> None:
     config = load_config(path)
     assert config.growth.depth or config.growth.width
 

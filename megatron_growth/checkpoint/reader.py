@@ -32,7 +32,7 @@ from megatron_growth.errors import CheckpointError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.keys import KeyForm
 from megatron_growth.planning.plan import GrowthPlan
-from megatron_growth.planning.rules import read_router
+from megatron_growth.planning.router import read_router
 
 
 class GrowthStorageReader(StorageReader):

@@ -6,7 +6,7 @@ it), so this builds anew and changes nothing.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, product
@@ -172,8 +172,9 @@ class GrownView:
     def target_chunks(self, tensor: SourceTensor) -> Iterator[tuple[Box, str, Box]]:
         """Walk a source tensor's chunks: each chunk, a target tensor's key, and a chunk of it.
 
-        Each target chunk is one (layer, expert); it aliases the same part of the source chunk, in
-        the same order of elements. Together they tile the target tensors.
+        Each target chunk is one (layer, expert) of a source chunk, or one layer with all experts
+        where the source chunk holds all of them, as a router does. Together they tile the target
+        tensors.
         """
         key, plan = tensor.key, self.plan
         at, cloned = int(key.is_stacked), key.rule.expert_axis
@@ -186,23 +187,25 @@ class GrownView:
             if key.place == "decoder":
                 sources = _span(chunk, 0) if at else layers
                 layers = chain.from_iterable(plan.layers.targets[source] for source in sources)  # type: ignore[index]
-            experts: Sequence[Shape] = ((),)
-            if cloned:
-                experts = [
-                    (expert,)
-                    for source in _span(chunk, at)
-                    for expert in plan.experts.targets(source)
-                ]
+            experts = self._experts(_span(chunk, at)) if cloned else [((), ())]
             rest = at + int(cloned)
             offsets, tail = chunk.offsets[rest:], chunk.sizes[rest:]
-            sizes = (1,) * (int(not in_key) + int(cloned)) + tail
+            one: Shape = () if in_key else (1,)
             for layer in layers:
                 named = layer if in_key else None
                 if named not in names:
                     names[named] = str(key.at(named))
                 lead: Shape = () if in_key else (layer,)  # type: ignore[assignment]
-                for expert in experts:
-                    yield chunk, names[named], Box((*lead, *expert, *offsets), sizes)
+                for first, count in experts:
+                    box = Box((*lead, *first, *offsets), (*one, *count, *tail))
+                    yield chunk, names[named], box
+
+    def _experts(self, sources: range) -> list[tuple[Shape, Shape]]:
+        """Offsets and sizes of target chunks on the expert axis."""
+        plan = self.plan
+        if len(sources) == plan.source.num_experts > 1:
+            return [((0,), (plan.target.num_experts,))]
+        return [((target,), (1,)) for source in sources for target in plan.experts.targets(source)]
 
     def resolve(self, key: str, box: Box) -> tuple[Piece, ...]:
         """The plan's answer for a box of target tensor `key`, where the base has what it names.

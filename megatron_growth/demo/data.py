@@ -148,3 +148,10 @@ def _is_utf8(text: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+if __name__ == "__main__":
+    # python -m megatron_growth.demo.data DIRECTORY
+    import sys
+
+    prepare(Path(sys.argv[1]), heldout_tokens=128 * 256 + 1)

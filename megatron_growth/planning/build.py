@@ -9,6 +9,7 @@ from megatron_growth.planning.experts import ExpertMap, ExpertOrder
 from megatron_growth.planning.keys import KeyForm
 from megatron_growth.planning.layers import LayerMap
 from megatron_growth.planning.plan import Architecture, GrowthPlan, NoiseScale
+from megatron_growth.planning.router import Router
 
 if TYPE_CHECKING:
     from megatron_growth.config import DepthConfig, GrowthConfig, WidthConfig
@@ -20,7 +21,7 @@ def build_plan(
     *,
     masters: str | None = None,
     target_form: KeyForm | None = None,
-    router: rules.Router | None = None,
+    router: Router | None = None,
 ) -> GrowthPlan:
     """Derive the plan.
 
@@ -56,18 +57,25 @@ def build_plan(
         masters=None if growth.optimizer == "reset" else masters,
         seed=growth.seed,
         arguments=grown.arguments if grown else (),
+        parked=growth.width is not None and growth.width.clones == "parked",
     )
 
 
 def router_growth(
-    growth: "GrowthConfig", source: Architecture, router: rules.Router | None
+    growth: "GrowthConfig", source: Architecture, router: Router | None
 ) -> rules.RouterGrowth | None:
     """What the rules make of the base's router; None where experts do not grow or the router is not
     known."""
     if growth.width is None or router is None or source.num_experts == 0:
         return None
     width = growth.width
-    return rules.apply(router, width.factor, order=width.order, top_k=width.top_k)
+    return rules.apply(
+        router,
+        width.factor,
+        order=width.order,
+        top_k=width.top_k,
+        parked=width.clones == "parked",
+    )
 
 
 def _layer_map(depth: "DepthConfig | None", num_layers: int) -> LayerMap:
@@ -92,6 +100,11 @@ def _expert_map(
         raise PlanError(
             f"width.factor ({width.factor}) needs experts to clone, but the base is a dense model; "
             "leave `width` out or start from a Mixture-of-Experts base"
+        )
+    if width.clones == "parked" and router is None:
+        raise PlanError(
+            "clones 'parked' need a router with an expert_bias, and the base holds no Megatron "
+            "arguments that say so; use `clones: active`"
         )
     order: ExpertOrder = "append" if width.order == "append" else "interleave"
     return ExpertMap(source.num_experts, width.factor, router.order if router else order)

@@ -21,114 +21,29 @@ From Megatron's formulas, each line held by a test against its router
     shared experts, latent projections    kept: they stand before or behind the weighted sum
     top-k kept, k = 1                     kept: one clone is taken; softmax before needs factor m
     top-k kept, k >= 2                    never: clones of the top ceil(k / m) are taken
+    top-k kept, clones parked             kept at any noise: no clone is selected; see below
 
 What is not kept is refused, unless it was asked for by name (`top_k: keep`), which gets a warning.
+
+Clones are parked by `expert_bias`, which takes part in the selection and in nothing else. That
+needs scores with a bound: sigmoid's lie in [0, 1], sqrtsoftplus has none, softmax has no bias
+upstream. Groups interleaved keep their sums, for those are of originals; appended, each clone of a
+group is a group that comes behind all others, unless groups have no score at all (k < g). An
+expert's capacity is k / (m * E) of the tokens, so its factor is multiplied. The losses that balance
+or regularize look at all clones whatever their bias: the output stays, these do not.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_growth.errors import PlanError
 from megatron_growth.planning.experts import ExpertOrder
+from megatron_growth.planning.router import Router
+from megatron_growth.planning.router_case import Case, TopKMode
+from megatron_growth.planning.router_tables import NOTES, REFUSALS, REWRITES, WARNINGS, Rewrite
 
 OrderAsked = Literal["auto", "interleave", "append"]
-TopKMode = Literal["scale", "keep"]
 Severity = Literal["warning", "note"]
-
-SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
-BALANCING_TYPES = (
-    "aux_loss",
-    "seq_aux_loss",
-    "global_aux_loss",
-    "sinkhorn",
-    "quantile_balancing",
-    "none",
-)
-
-
-@dataclass(frozen=True)
-class Router:
-    """The base's router, as far as its function under growth goes; the defaults are upstream's.
-
-    Attributes:
-        num_experts: experts.
-        top_k: experts that each token is sent to.
-        score_function: what makes logits scores.
-        pre_softmax: softmax over all experts rather than over those taken.
-        num_groups: groups of experts, None without.
-        group_topk: groups that each token may use; None turns groups off.
-        scaling_factor: of the weights.
-        balancing: load balancing types.
-        z_loss_coeff: of the z-loss, None without.
-        expert_bias: whether a bias takes part in the selection (aux-loss-free balancing).
-        half_precision: whether logits are computed in 16 bits.
-        probs_on_input: whether weights multiply the experts' input.
-        capacity_factor: of the tokens an expert takes, None without a limit.
-    """
-
-    num_experts: int
-    top_k: int = 2
-    score_function: str = "softmax"
-    pre_softmax: bool = False
-    num_groups: int | None = None
-    group_topk: int | None = None
-    scaling_factor: float | None = None
-    balancing: tuple[str, ...] = ("aux_loss",)
-    z_loss_coeff: float | None = None
-    expert_bias: bool = False
-    half_precision: bool = False
-    probs_on_input: bool = False
-    capacity_factor: float | None = None
-
-    @property
-    def is_sinkhorn(self) -> bool:
-        """Sinkhorn has scores of its own and knows no groups."""
-        return "sinkhorn" in self.balancing
-
-    @property
-    def is_grouped(self) -> bool:
-        return bool(self.group_topk) and not self.is_sinkhorn
-
-    @property
-    def normalizes(self) -> bool:
-        """Scores are divided by their sum, but only those of more than one expert."""
-        return self.score_function != "softmax" and not self.is_sinkhorn
-
-    @property
-    def spreads_weight(self) -> bool:
-        """Weights are shares of all experts, so that each of m clones has 1/m."""
-        return self.score_function == "softmax" and self.pre_softmax and not self.is_sinkhorn
-
-
-# Megatron argument -> field of a `Router` that it is as it stands.
-_FIELDS = {
-    "num_experts": "num_experts",
-    "moe_router_topk": "top_k",
-    "moe_router_score_function": "score_function",
-    "moe_router_pre_softmax": "pre_softmax",
-    "moe_router_num_groups": "num_groups",
-    "moe_router_group_topk": "group_topk",
-    "moe_router_topk_scaling_factor": "scaling_factor",
-    "moe_z_loss_coeff": "z_loss_coeff",
-    "moe_router_enable_expert_bias": "expert_bias",
-    "moe_apply_probs_on_input": "probs_on_input",
-    "moe_expert_capacity_factor": "capacity_factor",
-}
-
-
-def read_router(args: object | None) -> Router | None:
-    """The router that Megatron's arguments describe; None without arguments or without experts."""
-    if not getattr(args, "num_experts", None):
-        return None
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    fields = {field: given[name] for name, field in _FIELDS.items() if name in given}
-    if "moe_router_load_balancing_type" in given:
-        types = given["moe_router_load_balancing_type"]
-        fields["balancing"] = (types,) if isinstance(types, str) else tuple(types)
-    in_half = bool(given.get("bf16") or given.get("fp16"))
-    return Router(**fields, half_precision=in_half and "moe_router_dtype" not in given)
 
 
 @dataclass(frozen=True)
@@ -161,201 +76,13 @@ class RouterGrowth:
     notes: tuple[Note, ...]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A router and how it grows; what the rows of the tables look at."""
-
-    router: Router
-    m: int
-    order: ExpertOrder
-    top_k: TopKMode
-
-    @property
-    def k(self) -> int:
-        return self.router.top_k
-
-    @property
-    def g(self) -> int:
-        return self.router.group_topk or 1
-
-    @property
-    def capacity(self) -> float:
-        return self.router.capacity_factor or 0.0
-
-    @property
-    def scales(self) -> bool:
-        return self.top_k == "scale"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A row: for what it is about, when it holds, and what is said."""
-
-    argument: str
-    when: Callable[[Case], bool]
-    text: Callable[[Case], str]
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """A row: an argument whose value must change, when, to what, and why."""
-
-    argument: str
-    when: Callable[[Case], bool]
-    old: Callable[[Router], int | float | None]
-    new: Callable[[Case], int | float]
-    reason: str
-
-
-REFUSALS = (
-    Rule(
-        "moe_router_score_function",
-        lambda c: c.router.score_function not in SCORE_FUNCTIONS,
-        lambda c: (
-            f"moe_router_score_function {c.router.score_function!r} is not known, so neither is "
-            f"what cloning does to it; known: {', '.join(SCORE_FUNCTIONS)}"
-        ),
-    ),
-    Rule(
-        "moe_router_load_balancing_type",
-        lambda c: bool(set(c.router.balancing) - set(BALANCING_TYPES)),
-        lambda c: (
-            f"moe_router_load_balancing_type {' '.join(c.router.balancing)!r} is not known, so "
-            f"neither is what cloning does to it; known: {', '.join(BALANCING_TYPES)}"
-        ),
-    ),
-    Rule(
-        "moe_apply_probs_on_input",
-        lambda c: c.router.probs_on_input and c.scales,
-        lambda c: (
-            f"moe_apply_probs_on_input works with top-1 alone, so top-{c.k} cannot become "
-            f"top-{c.m * c.k}; use `top_k: keep`"
-        ),
-    ),
-    Rule(
-        "moe_router_load_balancing_type",
-        lambda c: c.router.is_sinkhorn and c.k == 1 and c.scales,
-        lambda c: (
-            "moe_router_load_balancing_type 'sinkhorn' weighs one expert by sigmoid, but several "
-            f"by softmax, so top-1 cannot become top-{c.m} and keep the function; use `top_k: keep`"
-        ),
-    ),
-    Rule(
-        "moe_router_score_function",
-        lambda c: c.router.normalizes and c.k == 1 and c.scales,
-        lambda c: (
-            f"moe_router_score_function {c.router.score_function!r} weighs one expert by its "
-            f"score, but divides those of several by their sum, so top-1 cannot become top-{c.m} "
-            "and keep the function; use `top_k: keep`"
-        ),
-    ),
-    Rule(
-        "moe_router_group_topk",
-        lambda c: c.scales and c.order == "interleave" and not _groups_stay(c),
-        lambda c: (
-            "order 'interleave' changes the groups that a token uses: each is scored by its best "
-            f"{c.m} * {c.k} // {c.g} = {c.m * c.k // c.g} experts, which are not {c.m} clones of "
-            f"the best {c.k} // {c.g} = {c.k // c.g}; use `order: auto`"
-        ),
-    ),
-)
-
-REWRITES = (
-    Rewrite("moe_router_num_groups",
-            lambda c: c.router.is_grouped and c.order == "append",
-            lambda r: r.num_groups, lambda c: c.m * (c.router.num_groups or 1),
-            "each clone of a group is a group"),
-    Rewrite("moe_router_group_topk",
-            lambda c: c.router.is_grouped and c.order == "append" and c.scales,
-            lambda r: r.group_topk, lambda c: c.m * c.g,
-            "a token uses all clones of its groups"),
-    Rewrite("moe_router_topk_scaling_factor",
-            lambda c: not c.scales and c.k == 1 and c.router.spreads_weight,
-            lambda r: r.scaling_factor, lambda c: c.m * (c.router.scaling_factor or 1.0),
-            "softmax gives each clone 1/m of the weight, and one clone is taken"),
-)  # fmt: skip
-
-WARNINGS = (
-    Rule(
-        "moe_router_topk",
-        lambda c: not c.scales and c.k > 1,
-        lambda c: (
-            f"top_k: keep sends each token to {c.k} of {c.m * c.router.num_experts} experts, at "
-            f"first clones of its top {math.ceil(c.k / c.m)} instead of its top {c.k}: that is "
-            "another function and the loss will jump; `top_k: scale` keeps it"
-        ),
-    ),
-    Rule(
-        "moe_router_topk",
-        lambda c: not c.scales and c.k == 1,
-        lambda c: (
-            "top_k: keep sends each token to one clone, which keeps the function, but only the "
-            "noise on router rows tells clones apart, and gradients are not split as `optimizer: "
-            "rescale` assumes; `optimizer: copy` fits better"
-        ),
-    ),
-    Rule(
-        "moe_router_enable_expert_bias",
-        lambda c: not c.scales and c.k > 1 and c.router.expert_bias,
-        lambda c: (
-            "top_k: keep could keep the function exactly here, with clones parked: their "
-            "expert_bias lower by more than scores differ, until balancing raises it; this is not "
-            "done for you"
-        ),
-    ),
-    Rule(
-        "moe_expert_capacity_factor",
-        lambda c: not c.scales and c.router.capacity_factor is not None,
-        lambda c: (
-            f"moe_expert_capacity_factor {c.capacity:g} at a kept top-k leaves a clone 1/{c.m} of "
-            "its expert's capacity, while at first one clone may get all tokens; "
-            f"{c.m * c.capacity:g} drops no more than the base does"
-        ),
-    ),
-    Rule(
-        "moe_router_load_balancing_type",
-        lambda c: not c.scales and "quantile_balancing" in c.router.balancing,
-        lambda c: (
-            f"quantile balancing at a kept top-k needs {c.k} * tokens of a micro-batch divisible "
-            f"by {c.m * c.router.num_experts} experts; Megatron stops otherwise"
-        ),
-    ),
-    Rule(
-        "moe_z_loss_coeff",
-        lambda c: bool(c.router.z_loss_coeff),
-        lambda c: (
-            f"moe_z_loss_coeff: the z-loss goes from L^2 to (L + ln {c.m})^2, though the output "
-            "stays; its pull on the router nearly stays with --moe-z-loss-coeff "
-            f"{c.router.z_loss_coeff:g} * L / (L + {math.log(c.m):.3f}), L the root of the z_loss "
-            f"that the base logged ({_even_z_loss(c):.3g} were all logits 0)"
-        ),
-    ),
-    Rule(
-        "moe_router_dtype",
-        lambda c: c.router.half_precision and c.k < c.router.num_experts,
-        lambda c: (
-            "the router computes in 16 bits, where many logits tie: a token whose last two "
-            "candidates tie may get clones of both (some 3 % of tokens at 64 experts); "
-            "--moe-router-dtype fp32 avoids it"
-        ),
-    ),
-)
-
-NOTES = (
-    Rule(
-        "num_experts",
-        lambda c: c.order == "append" and not c.router.is_grouped and c.scales,
-        lambda c: (
-            "order 'append' puts clones on other expert-parallel ranks than their original, so a "
-            f"token travels to up to {c.m} times as many; `order: interleave` keeps its "
-            "destinations"
-        ),
-    ),
-)
-
-
 def apply(
-    router: Router, m: int, *, order: OrderAsked = "auto", top_k: TopKMode = "scale"
+    router: Router,
+    m: int,
+    *,
+    order: OrderAsked = "auto",
+    top_k: TopKMode = "scale",
+    parked: bool = False,
 ) -> RouterGrowth:
     """Grow a router.
 
@@ -365,12 +92,13 @@ def apply(
         order: where clones stand; `auto` interleaves, to keep a token's destinations, unless groups
             forbid.
         top_k: `scale` multiplies top-k by m.
+        parked: clones start with a bias that keeps every token from them; at a kept top-k.
 
     Raises:
         PlanError: the function would not be kept.
     """
-    case = Case(router, m, "interleave" if order == "auto" else order, top_k)
-    if order == "auto" and case.scales and not _groups_stay(case):
+    case = Case(router, m, "interleave" if order == "auto" else order, top_k, parked)
+    if order == "auto" and case.scales and not case.groups_stay:
         case = Case(router, m, "append", top_k)
     for rule in REFUSALS:
         if rule.when(case):
@@ -396,23 +124,3 @@ def _rewritten(row: Rewrite, case: Case) -> str:
     return (
         f"{row.argument} {'none' if old is None else f'{old:g}'} -> {row.new(case):g}: {row.reason}"
     )
-
-
-def _groups_stay(case: Case) -> bool:
-    """Whether interleaved clones leave a token its groups.
-
-    A group's score is the sum of its best k // g experts. With m times the experts in as many
-    groups it is that of the best m * k // g, all clones of the same experts if this is m * (k //
-    g): m * (k mod g) < g.
-    """
-    router = case.router
-    return (
-        not router.is_grouped or case.g == router.num_groups or case.m * (case.k % case.g) < case.g
-    )
-
-
-def _even_z_loss(case: Case) -> float:
-    """The coefficient that keeps the z-loss's gradient where all logits are 0, and L = ln E with
-    them."""
-    even = math.log(case.router.num_experts)
-    return (case.router.z_loss_coeff or 0.0) * even / (even + math.log(case.m))

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_growth.checkpoint import manifest
 from megatron_growth.config import ContinueConfig, load_config
 from megatron_growth.errors import CheckpointError, ConfigError, GrowthError
-from megatron_growth.training import cpu_backend, start
+from megatron_growth.training import cpu_backend, fused_adam, start
 from megatron_growth.training.arguments import given_arguments
 from megatron_growth.training.load_hook import growth_on_load
 
@@ -27,6 +27,15 @@ _SECONDS_FOR_RANK_0 = 5
 # decoder.layers.pre_mlp_layernorm.weight from model not in state dict: [...]
 # upstream: MCoreLoadPlanner, megatron/core/dist_checkpointing/strategies/torch.py
 _NOT_IN_CHECKPOINT = re.compile(r"(?P<key>\S+) from model not in state dict")
+
+
+# OptimizerParamScheduler: class input value 0.0005 and checkpointvalue 0.001 for learning rate do
+# not match
+# upstream: megatron/core/optimizer_param_scheduler.py
+_OTHER_SCHEDULE = re.compile(
+    r"OptimizerParamScheduler: class input value (?P<given>.+) and checkpoint ?value (?P<held>.+) "
+    r"for (?P<name>.+) do not match"
+)
 
 
 def train(argv: Sequence[str], pretrain: Callable[[list[str]], None]) -> None:
@@ -43,7 +52,7 @@ def train(argv: Sequence[str], pretrain: Callable[[list[str]], None]) -> None:
         words = [*words, *cpu_backend.arguments(words)]
     begin = start.decide(config, words)
     say(begin.message)
-    with _hook(begin, config.continue_):
+    with fused_adam.where_missing(), _hook(begin, config.continue_):
         pretrain(begin.argv)
 
 
@@ -76,7 +85,7 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (GrowthError, CheckpointException) as error:
+    except (GrowthError, CheckpointException, AssertionError) as error:
         cause = _cause(error)
         if cause is None:
             raise
@@ -90,9 +99,11 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> GrowthError | None:
-    """DCP wraps what a reader raises, by rank."""
+    """DCP wraps what a reader raises, by rank; the schedule's mismatch is an assertion."""
     if isinstance(error, GrowthError):
         return error
+    if isinstance(error, AssertionError):
+        return _other_schedule(str(error))
     for failure, _ in getattr(error, "failures", {}).values():
         if isinstance(failure, GrowthError):
             return failure
@@ -102,6 +113,19 @@ def _cause(error: BaseException) -> GrowthError | None:
                 "base's precision, optimizer and --transformer-impl, or use `optimizer: reset`"
             )
     return None
+
+
+def _other_schedule(said: str) -> ConfigError | None:
+    """A run that resumes with another schedule than it was started with."""
+    match = _OTHER_SCHEDULE.search(said)
+    if match is None:
+        return None
+    unit = ", in samples," if "iterations" in match["name"] else ""
+    return ConfigError(
+        f"the run's {match['name']}{unit} is {match['held']} but now {match['given']}; give the "
+        "schedule and length that it was started with, or --override-opt-param-scheduler (rates "
+        "stay those of the checkpoint: for another rate grow into a new --save)"
+    )
 
 
 def _own_options(argv: Sequence[str]) -> tuple[str, list[str]]:

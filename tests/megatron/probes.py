@@ -45,6 +45,7 @@ def defined(
     zero: bool,
     rule: str,
     stacked: bool,
+    parked: bool,
 ) -> Tensors:
     """The grown checkpoint by definition; the same for all jobs of a rank that grow alike."""
     tensors = plain_tensors(iteration_directory(base))
@@ -56,7 +57,13 @@ def defined(
     num_experts = router.shape[-2]
     experts = (interleaved if order == "interleave" else appended)(num_experts, factor)
     growth = Growth(
-        layers, experts, (("experts", alpha), ("router", alpha)), zero, rule, stacked=stacked
+        layers,
+        experts,
+        (("experts", alpha), ("router", alpha)),
+        zero,
+        rule,
+        stacked=stacked,
+        parked=parked,
     )
     return grown_tensors(tensors, growth)
 
@@ -77,6 +84,7 @@ def compare(probe: Probe) -> dict[str, Any]:
         o.get("zero_output", False),
         o.get("optimizer", "reset"),
         o.get("stacked", True),
+        o.get("parked", False),
     )
     held, wrong, elements = [], [], 0
     for shard in _shards(probe):
@@ -139,6 +147,17 @@ def logits(probe: Probe) -> None:
     model.train()
     if probe.rank == 0:
         torch.save(found, probe.options["logits"])
+
+
+def logits_of_other_rows(probe: Probe) -> None:
+    """The logits of a model grown wrongly: each expert has the router row of its neighbour."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    (model,) = probe.model
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.weight.data.copy_(module.weight.data.roll(2, 0))  # by one original and its clone
+    logits(probe)
 
 
 def compare_and_logits(probe: Probe) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from megatron_growth.errors import CheckpointError, ConfigError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.keys import KeyForm, is_optimizer_key
 from megatron_growth.planning.plan import GrowthPlan
-from megatron_growth.planning.rules import read_router
+from megatron_growth.planning.router import read_router
 
 # decoder.layers.3.mlp.router.weight
 _LAYER_IN_KEY = re.compile(r"decoder\.layers\.\d+\.")

@@ -1,0 +1,95 @@
+"""What the data files of a grown checkpoint hold.
+
+A *content* is the bytes of one record, a saved tensor chunk or object, and all places of the grown
+checkpoint that have them: depth copies share their source's record, all clones of an expert share
+one rescaled moment, all zeros of a shape are one, a noisy clone has a content of its own. Contents
+whose bytes are a source record's need no computing; a link needs none of their bytes at all.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from megatron_growth.checkpoint.collector import collector_off
+from megatron_growth.checkpoint.source import COMMON_OBJECT, SourceTensor
+from megatron_growth.checkpoint.units import Chunk, beside, chunks_of, index_of
+from megatron_growth.checkpoint.view import GrownView
+from megatron_growth.planning.plan import Box, Copy, Piece, Shape, Zero
+
+
+@dataclass(eq=False, slots=True)
+class Content:
+    """The bytes of one record, and the places that have them.
+
+    Attributes:
+        key: target tensor or object that it is, the first where there are several.
+        box: the chunk of that tensor; None for an object.
+        record: the source record whose bytes these are; None where they are computed.
+        chunks: source chunks that must be read for it, its own and those beside.
+        nbytes: of the values; a record is some 1 KiB longer. 0 for an object.
+        targets: every place that has it.
+    """
+
+    key: str
+    box: Box | None
+    record: MetadataIndex | None
+    chunks: list[Chunk]
+    nbytes: int
+    targets: list[MetadataIndex] = field(default_factory=list)
+
+
+@collector_off()
+def contents_of(view: GrownView) -> list[Content]:
+    """Everything that the grown checkpoint holds, each (tensor chunk or object) in one content."""
+    zeros: dict[tuple[Shape, torch.dtype], Content] = {}
+    found = [
+        content
+        for tensor in view.source.tensors.values()
+        for content in _tensor_contents(view, tensor, zeros)
+    ]
+    objects: dict[str, Content] = {}
+    for target, source in view.objects.items():
+        record = None if source == COMMON_OBJECT else MetadataIndex(source)
+        content = objects.setdefault(source, Content(target, None, record, [], 0))
+        content.targets.append(MetadataIndex(target))
+    return [*found, *zeros.values(), *objects.values()]
+
+
+def _tensor_contents(
+    view: GrownView, tensor: SourceTensor, zeros: dict[tuple[Shape, torch.dtype], Content]
+) -> Iterator[Content]:
+    """The contents that a source tensor's chunks become; zeros, alike everywhere, go to `zeros`."""
+    source_key = str(tensor.key)
+    for chunk, places in groupby(view.target_chunks(tensor), key=itemgetter(0)):
+        found: dict[object, Content] = {}
+        for _, key, box in places:
+            pieces = view.resolve(key, box)
+            if all(piece.transform == Zero() for piece in pieces):
+                known, same = zeros, (box.sizes, view.dtypes[key])
+            else:
+                known = found
+                same = tuple((piece.source_key, piece.source, piece.transform) for piece in pieces)
+            if same not in known:
+                known[same] = _content(view, source_key, chunk, key, box, pieces)
+            known[same].targets.append(MetadataIndex(key, torch.Size(box.offsets)))
+        yield from found.values()
+
+
+def _content(
+    view: GrownView, source_key: str, chunk: Box, key: str, box: Box, pieces: tuple[Piece, ...]
+) -> Content:
+    own = [needed for piece in pieces for needed in chunks_of(view, piece)]
+    near = [needed for piece in pieces for needed in beside(view, piece)]
+    chunks = list(dict.fromkeys([*own, *near]))
+    verbatim = (
+        len(pieces) == 1
+        and pieces[0].transform == Copy()
+        and (pieces[0].source_key, pieces[0].source) == (source_key, chunk)
+        and len(box.sizes) == len(chunk.sizes)
+    )
+    record = index_of((source_key, chunk)) if verbatim else None
+    return Content(key, box, record, chunks, box.numel * view.dtypes[key].itemsize)

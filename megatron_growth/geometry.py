@@ -1,0 +1,140 @@
+"""The shape of a model: what decides how many tensors it has, and how large they are.
+
+Fields bear Megatron's names, so that `num_layers: 28` is `--num-layers 28`. What changes no
+tensor's shape (rope, router losses, norms' epsilon) goes into `megatron`, by the name of Megatron's
+option.
+"""
+
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from megatron_growth.config import Strict
+
+Value = bool | int | float | str | list[int] | list[float] | list[str]
+Options = dict[str, Value | None]
+Positive = Annotated[int, Field(ge=1)]
+
+# [0]*3+[1]*58, as on Megatron's command line
+_RUN = re.compile(r"\[\s*([01])\s*\]\s*\*\s*(\d+)")
+
+
+def _written_out(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    runs = [_RUN.fullmatch(part.strip()) for part in value.split("+")]
+    if not all(runs):
+        raise ValueError(f"{value!r} is no pattern of layers; write it as in '[0]*3+[1]*58'")
+    return [int(run[1]) for run in runs if run for _ in range(int(run[2]))]
+
+
+class Geometry(Strict):
+    """A GPT model with Mixture-of-Experts layers."""
+
+    num_layers: Positive
+    """Transformer layers."""
+
+    hidden_size: Positive
+    """Width of the residual stream."""
+
+    num_attention_heads: Positive
+    """Attention heads."""
+
+    num_query_groups: Positive | None = None
+    """Key-value heads of grouped-query attention; as many as heads by default."""
+
+    kv_channels: Positive | None = None
+    """Size of a head; hidden_size / num_attention_heads by default."""
+
+    ffn_hidden_size: Positive | None = None
+    """Width of the dense layers' SwiGLU; Megatron's default of 4 hidden_size is for those without,
+    so a model with dense layers must say it."""
+
+    num_experts: Positive
+    """Routed experts of a layer."""
+
+    moe_router_topk: Positive
+    """Experts that a token uses."""
+
+    moe_ffn_hidden_size: Positive
+    """Width of an expert's SwiGLU."""
+
+    moe_layer_freq: Annotated[
+        Positive | list[Annotated[int, Field(ge=0, le=1)]], BeforeValidator(_written_out)
+    ] = 1
+    """Which layers are MoE: every n-th, or a 1 or 0 for each, also as '[0]*3+[1]*58'."""
+
+    moe_shared_expert_intermediate_size: Positive | None = None
+    """Width of all shared experts together; none by default."""
+
+    multi_latent_attention: bool = False
+    """DeepSeek's attention; the sizes below are its own."""
+
+    q_lora_rank: Positive | None = None
+    """Rank of the query's down-projection; none by default."""
+
+    kv_lora_rank: Positive = 512
+    """Rank of the key-value down-projection."""
+
+    qk_head_dim: Positive = 128
+    """Size of a query-key head, without its rotary part."""
+
+    qk_pos_emb_head_dim: Positive = 64
+    """Size of the rotary part."""
+
+    v_head_dim: Positive = 128
+    """Size of a value head."""
+
+    qk_layernorm: bool = False
+    """A norm on queries and keys."""
+
+    mtp_num_layers: Positive | None = None
+    """Multi-token-prediction modules; none by default."""
+
+    vocab_size: Positive
+    """Tokens, padding not counted."""
+
+    untie_embeddings_and_output_weights: bool = True
+    """Input and output embeddings are two tensors."""
+
+    megatron: Options = {}
+    """Whatever else makes the model, by the names of Megatron's options without `--`:
+    `rotary-base: 10000`; true for a switch, null to take one of an extended file back."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Geometry":
+        if self.moe_router_topk > self.num_experts:
+            raise ValueError(
+                f"moe_router_topk ({self.moe_router_topk}) must not be above num_experts "
+                f"({self.num_experts}); lower it"
+            )
+        pattern = self.moe_layer_freq
+        if isinstance(pattern, list) and len(pattern) != self.num_layers:
+            raise ValueError(
+                f"moe_layer_freq has {len(pattern)} entries for num_layers ({self.num_layers}); "
+                "give one for each layer"
+            )
+        if not all(self.moe_layers) and self.ffn_hidden_size is None:
+            raise ValueError(
+                f"{self.moe_layers.count(False)} of {self.num_layers} layers are dense, and their "
+                "width is not given; set ffn_hidden_size"
+            )
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must divide hidden_size "
+                f"({self.hidden_size}); change one, or set kv_channels"
+            )
+        return self
+
+    @property
+    def moe_layers(self) -> list[bool]:
+        """Whether each layer is MoE."""
+        pattern = self.moe_layer_freq
+        if isinstance(pattern, list):
+            return [bool(entry) for entry in pattern]
+        return [layer % pattern == 0 for layer in range(self.num_layers)]
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads

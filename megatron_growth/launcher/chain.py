@@ -1,0 +1,151 @@
+"""The stages with all that follows from their order: what each starts from, which model it trains,
+and from which iteration to which.
+
+Pure, but for the iteration of an existing base, which only its directory may know.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_growth.checkpoint.source import TRACKER
+from megatron_growth.config import BaseConfig, GrowthConfig
+from megatron_growth.errors import ConfigError, GrowthError
+from megatron_growth.geometry import Geometry
+from megatron_growth.launcher.experiment import Experiment
+from megatron_growth.launcher.stage import Budget, Stage
+from megatron_growth.planning.build import build_plan
+from megatron_growth.planning.cost import (
+    FLOPS_PER_PARAMETER_AND_TOKEN,
+    ParameterCount,
+    count_parameters,
+)
+from megatron_growth.planning.inventory import architecture, tensors
+from megatron_growth.planning.patterns import grown as grown_pattern
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A stage in its chain.
+
+    Attributes:
+        stage: as the file says.
+        path: where the file says it, for errors: `stages[1]`.
+        directory: everything of the stage.
+        model: what it trains, grown.
+        base: the model it grows, None where it trains from random weights.
+        parent: the checkpoint it grows, None likewise.
+        first: iteration it starts at.
+        last: iteration it ends at, Megatron's `--train-iters`.
+        tokens: in one iteration.
+    """
+
+    stage: Stage
+    path: str
+    directory: Path
+    model: Geometry
+    base: Geometry | None
+    parent: BaseConfig | None
+    first: int
+    last: int
+    tokens: int
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / CHECKPOINTS
+
+    @property
+    def parameters(self) -> ParameterCount:
+        return count_parameters(tensors(self.model), architecture(self.model))
+
+
+def chain(experiment: Experiment) -> list[Link]:
+    """The stages in order.
+
+    Raises:
+        ConfigError: a stage cannot follow the one before.
+    """
+    links: list[Link] = []
+    for index, stage in enumerate(experiment.stages):
+        before = links[-1] if links else None
+        links.append(_link(experiment, stage, f"stages[{index}]", before))
+    return links
+
+
+def _link(experiment: Experiment, stage: Stage, path: str, before: Link | None) -> Link:
+    base = before.model if before else experiment.model
+    model = grown(base, stage.growth, f"{path}.growth") if stage.growth else base
+    tokens = stage.global_batch_size * experiment.data.seq_length
+    if stage.growth is None:
+        parent, first = None, 0
+    elif before is not None:
+        parent, first = BaseConfig(load=before.checkpoints), before.last
+    else:
+        parent = experiment.base
+        first = 0 if stage.continue_.iteration == "reset" else _iteration(experiment.base)
+    if stage.continue_.iteration == "reset":
+        first = 0
+    return Link(
+        stage=stage,
+        path=path,
+        directory=experiment.directory / stage.name,
+        model=model,
+        base=base if stage.growth else None,
+        parent=parent,
+        first=first,
+        last=first + _iterations(stage.budget, tokens, model),
+        tokens=tokens,
+    )
+
+
+def grown(model: Geometry, growth: GrowthConfig, path: str) -> Geometry:
+    """The geometry of the grown model.
+
+    Args:
+        model: the base.
+        growth: how.
+        path: where the file says so, for errors.
+    """
+    try:
+        plan = build_plan(growth, architecture(model))
+        pattern = grown_pattern("moe_layer_freq", model.moe_layer_freq, plan.layers)
+    except GrowthError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    changes = {
+        "num_layers": plan.target.num_layers,
+        "num_experts": plan.target.num_experts,
+        "moe_router_topk": plan.target.top_k,
+        "moe_layer_freq": pattern,
+    }
+    return model.model_copy(update=changes)
+
+
+def _iterations(budget: Budget, tokens: int, model: Geometry) -> int:
+    if budget.iterations is not None:
+        return budget.iterations
+    wanted = budget.tokens
+    if wanted is None:
+        activated = count_parameters(tensors(model), architecture(model)).activated
+        assert budget.flops is not None
+        assert activated is not None  # a geometry says its top-k
+        wanted = budget.flops / (FLOPS_PER_PARAMETER_AND_TOKEN * activated.parameters)
+    return math.ceil(wanted / tokens)
+
+
+def _iteration(base: BaseConfig | None) -> int:
+    assert base is not None  # the experiment saw to it
+    assert base.load is not None
+    if base.iteration == "release":  # it has none
+        return 0
+    if base.iteration != "latest":
+        return base.iteration
+    try:
+        return int((base.load / TRACKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"base.iteration 'latest': {str(base.load / TRACKER)!r} does not say which that is, "
+            "and the first stage counts on from it; give the number, or let the stage say "
+            "`continue: {iteration: reset, data: reset}`"
+        ) from None

@@ -1,0 +1,133 @@
+"""The cluster profile: what is true of a machine and of no model. A file of its own.
+
+processes_per_node: 8
+device: h100
+container: {image: /images/nemo-26.02.sqsh, mounts: [/lustre:/lustre]}
+environment: {NCCL_IB_HCA: mlx5, NCCL_SOCKET_IFNAME: eth0}
+slurm: {account: llm, partition: batch, minutes: 240}
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_growth.config import Strict
+from megatron_growth.geometry import Positive
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class Container(Strict):
+    """Where the processes run. With SLURM by Pyxis and enroot."""
+
+    image: str
+    """A registry's name, or for Pyxis also the path of a squashfs file."""
+
+    mounts: list[str] = []
+    """`outside:inside` pairs for Pyxis; the directory of the experiment must be among them, at the
+    same path on both sides."""
+
+
+class Slurm(Strict):
+    """How SLURM is asked."""
+
+    tasks: Literal["per_process", "torchrun"] = "per_process"
+    """`per_process` starts one task for each GPU, and SLURM alone ends them; `torchrun` starts one
+    agent on each node."""
+
+    minutes: Annotated[int, Field(ge=2)] = 240
+    """Walltime. A stage that is not done by then saves, and is queued again."""
+
+    account: str | None = None
+    """`--account`."""
+
+    partition: str | None = None
+    """`--partition`."""
+
+    gpus: bool = True
+    """Ask for GPUs, by `--gpus-per-node`; false where the cluster has no such resource."""
+
+    options: list[str] = []
+    """Further options of sbatch, `--qos=high`, each a line of the script."""
+
+    requeues: Annotated[int, Field(ge=0)] = 100
+    """How often a stage may be queued again; it is only when it got further since."""
+
+    alert: str | None = None
+    """Command that a job runs when a stage fails, with EXPERIMENT, STAGE and JOB in its
+    environment; none by default."""
+
+
+class Claim(Strict):
+    """A persistent volume."""
+
+    name: str
+    """The PersistentVolumeClaim."""
+
+    path: str
+    """Where pods mount it."""
+
+
+class Kubernetes(Strict):
+    """How Kubernetes is asked: a TrainJob of Kubeflow Trainer v2."""
+
+    namespace: str = "default"
+    """Where the job lives."""
+
+    runtime: str = "torch-distributed"
+    """ClusterTrainingRuntime that the job refers to."""
+
+    queue: str | None = None
+    """Kueue's LocalQueue, for gang scheduling; none by default."""
+
+    claims: list[Claim] = []
+    """Volumes; the directory of the experiment must be on one."""
+
+    resources: dict[str, int | str] = {}
+    """What a node's pod asks for beside its GPUs: `rdma/ib: 8`, `memory: 1Ti`."""
+
+    secret: str | None = None
+    """The Secret that holds `secrets`, a key for each."""
+
+
+class Cluster(Strict):
+    """A cluster profile."""
+
+    device: Literal["h100", "cpu"] = "h100"
+    """What the processes compute on."""
+
+    processes_per_node: Positive = 8
+    """One for each GPU."""
+
+    memory_gb: Annotated[float, Field(gt=0)] = 80
+    """Memory of a device, in 10^9 bytes; `plan` compares with it."""
+
+    python: str = "python"
+    """The Python that has this package, where the processes run."""
+
+    container: Container | None = None
+    """None runs on the nodes themselves."""
+
+    environment: dict[Name, str | int | float] = {}
+    """Set for every process: fabric settings above all (NCCL_IB_HCA, NCCL_SOCKET_IFNAME). They win
+    over what the launcher derives."""
+
+    secrets: list[Name] = []
+    """Environment variables that the processes need and no file may hold (WANDB_API_KEY). By name:
+    their values are those of the shell that submits."""
+
+    save_seconds: Positive = 300
+    """Time that saving a checkpoint may take. Walltime, signals and kills leave room for it."""
+
+    start_minutes: Annotated[int, Field(ge=0)] = 5
+    """Time from the start of a job to its first step: containers, preflight, loading. Training ends
+    by itself this much, and `save_seconds`, before the walltime."""
+
+    preflight: bool = True
+    """Check devices, versions, disk and collectives on all nodes before each start."""
+
+    slurm: Slurm = Slurm()
+    """For `--target slurm`."""
+
+    kubernetes: Kubernetes = Kubernetes()
+    """For `--target k8s`."""

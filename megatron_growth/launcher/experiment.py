@@ -1,0 +1,180 @@
+"""The experiment: one file from the first base to the last grown run.
+
+    name: moe-17b-70b
+    runs: runs
+    model: {num_layers: 28, hidden_size: 2048, ...}
+    data: {train: [data/web], seq_length: 4096, ...}
+    cluster: {extends: ../clusters/h100.yaml}
+    defaults: {save_interval: 500, megatron: {bf16: true}}
+    stages:
+      - {name: base-17b, nodes: 8, learning_rate: {peak: 3.0e-4}, budget: {tokens: 600.0e9}, ...}
+      - {name: grown-35b, nodes: 16, growth: {depth: {factor: 2}}, budget: {tokens: 300.0e9}, ...}
+
+Any section may say `extends: FILE`; what stands beside it wins over the file, section by section.
+`defaults` is laid under every stage likewise. Both are gone once the file is loaded.
+
+What grows is said as in a growth file (`megatron_growth.config`): a stage's `growth` and `continue`
+are the very sections, and the base is the stage before. Launching a stage writes that growth file,
+for `plan`, `verify` and `pretrain` to take.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from megatron_growth.config import BaseConfig, Strict, explain, read_mapping
+from megatron_growth.errors import ConfigError
+from megatron_growth.geometry import Geometry
+from megatron_growth.launcher.cluster import Cluster
+from megatron_growth.launcher.stage import Data, Stage
+from megatron_growth.overrides import overridden
+
+
+class Experiment(Strict):
+    """A whole experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+    """Its directory and part of its jobs' names: lower-case letters, digits and dashes."""
+
+    runs: Path = Path("runs")
+    """Directory of all experiments; this one is in `runs/name`, its stages below. On a cluster: on
+    storage that all nodes share."""
+
+    base: BaseConfig | None = None
+    """An existing checkpoint to grow from. Without it the first stage trains one."""
+
+    model: Geometry
+    """The base, or what the first stage trains."""
+
+    data: Data
+    """What is trained on."""
+
+    cluster: Cluster
+    """Where it runs; `--cluster FILE` puts another profile in its place."""
+
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    """In order; each grows the one before."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Experiment":
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two of the stages {names} have one name; name them apart")
+        if self.base is not None and self.base.load is None:
+            raise ValueError("`base` names no checkpoint; set base.load")
+        if self.base is None and self.stages[0].growth is not None:
+            raise ValueError(
+                f"the first stage ({names[0]!r}) grows, and there is no base; give `base: {{load: "
+                "DIR}` or put a stage before it that trains one"
+            )
+        grown = self.stages if self.base is not None else self.stages[1:]
+        for stage in grown:
+            if stage.growth is None:
+                raise ValueError(
+                    f"stage {stage.name!r} comes after a base and grows nothing; give it a "
+                    "`growth`, or raise the budget of the stage before"
+                )
+        return self
+
+    @property
+    def directory(self) -> Path:
+        return self.runs / self.name
+
+
+def load_experiment(
+    path: str | Path, settings: Sequence[str] = (), cluster: Path | None = None
+) -> Experiment:
+    """Read an experiment.
+
+    Args:
+        path: its file.
+        settings: `PATH=VALUE` each, made after `extends` and before `defaults`.
+        cluster: a profile instead of the file's.
+
+    Raises:
+        ConfigError: the file, one that it extends, or a setting is at fault.
+    """
+    content = extended(Path(path), "`model`, `data`, `cluster` and `stages`")
+    if cluster is not None:
+        content["cluster"] = extended(cluster, "a cluster profile")
+    content = _with_defaults(overridden(content, settings), path)
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, Experiment)}") from None
+
+
+def is_experiment(content: Mapping[str, Any]) -> bool:
+    """Whether a file's content is an experiment rather than a growth file."""
+    return "stages" in content or "extends" in content
+
+
+def extended(path: Path, needed: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a file with every `extends` in it replaced by what it names.
+
+    Args:
+        path: the file; names in it are relative to its directory.
+        needed: what an empty file lacks, for the error.
+        above: the files that extend this one.
+    """
+    if path.resolve() in (file.resolve() for file in above):
+        chain = " -> ".join(map(str, (*above, path)))
+        raise ConfigError(f"{path}: `extends` goes round in a circle ({chain}); take one out")
+    content = _resolved(read_mapping(path, needed), path, (*above, path))
+    assert isinstance(content, dict)
+    return content
+
+
+def _resolved(value: Any, path: Path, above: tuple[Path, ...]) -> Any:
+    if isinstance(value, list):
+        return [_resolved(entry, path, above) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    own = {key: _resolved(entry, path, above) for key, entry in value.items() if key != "extends"}
+    if "extends" not in value:
+        return own
+    if not isinstance(value["extends"], str):
+        raise ConfigError(
+            f"{path}: extends {value['extends']!r} is no file; give the path of one, relative to "
+            f"{str(path.parent)!r}"
+        )
+    return merged(extended(path.parent / value["extends"], "a section", above), own)
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`: sections are merged, everything else is replaced."""
+    result = dict(below)
+    for key, value in above.items():
+        under = result.get(key)
+        if isinstance(under, dict) and isinstance(value, dict):
+            result[key] = merged(under, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _with_defaults(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    defaults = content.pop("defaults", None) or {}
+    stages = content.get("stages")
+    if not isinstance(defaults, dict):
+        raise ConfigError(f"{path}: defaults {defaults!r}: a section of a stage's fields is meant")
+    if isinstance(stages, list):
+        content["stages"] = [
+            merged(defaults, stage) if isinstance(stage, dict) else stage for stage in stages
+        ]
+    return content
+
+
+def stage_named(experiment: Experiment, name: str) -> Stage:
+    """The stage of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = next((stage for stage in experiment.stages if stage.name == name), None)
+    if found is None:
+        names = ", ".join(stage.name for stage in experiment.stages)
+        raise ConfigError(f"--stage {name!r} is none of {experiment.name!r}; it has {names}")
+    return found

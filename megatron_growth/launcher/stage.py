@@ -1,0 +1,139 @@
+"""A stage of an experiment: training from random weights, or growth and training on."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from megatron_growth.config import ContinueConfig, GrowthConfig, LearningRateConfig, Strict
+from megatron_growth.geometry import Options, Positive
+
+
+class Layout(Strict):
+    """How a model lies on the devices; what is left over is data parallel."""
+
+    tensor: Positive = 1
+    """Tensor parallel."""
+
+    pipeline: Positive = 1
+    """Pipeline parallel."""
+
+    virtual: Positive | None = None
+    """Virtual stages of each pipeline rank; not interleaved by default."""
+
+    context: Positive = 1
+    """Context parallel."""
+
+    expert: Positive = 1
+    """Expert parallel."""
+
+    expert_tensor: Positive = 1
+    """Tensor parallel inside an expert."""
+
+
+class Budget(Strict):
+    """How long a stage trains; one of the three, rounded up to whole iterations."""
+
+    tokens: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Tokens."""
+
+    flops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """FLOPs, at 6 for each activated parameter and token, as the paper counts."""
+
+    iterations: Positive | None = None
+    """Optimizer steps."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "Budget":
+        given = [name for name in ("tokens", "flops", "iterations") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'nothing'} given; give one of tokens, flops, iterations"
+            )
+        return self
+
+
+class Stage(Strict):
+    """One training run."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+    """Its directory and part of its jobs' names: lower-case letters, digits and dashes."""
+
+    growth: GrowthConfig | None = None
+    """How the stage before, or the base, is grown; the first stage of an experiment without a base
+    trains from random weights and has none."""
+
+    continue_: Annotated[ContinueConfig, Field(alias="continue")] = ContinueConfig()
+    """What goes on from what was grown, and what starts anew."""
+
+    learning_rate: LearningRateConfig | None = None
+    """Of training from random weights. A grown stage has its own in `continue`."""
+
+    nodes: Positive
+    """Nodes, of `processes_per_node` each."""
+
+    layout: Layout = Layout()
+    """Parallel layout."""
+
+    global_batch_size: Positive
+    """Sequences in an optimizer step."""
+
+    micro_batch_size: Positive = 1
+    """Sequences in a forward pass of one rank."""
+
+    budget: Budget
+    """How long."""
+
+    save_interval: Positive
+    """Iterations between checkpoints. It bounds what a node failure costs."""
+
+    megatron: Options = {}
+    """Whatever else says how the stage runs, by the names of Megatron's options without `--`:
+    `bf16: true`, `recompute-modules: [moe_act]`; null takes one of the defaults back."""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> "Stage":
+        if self.growth is not None and self.learning_rate is not None:
+            raise ValueError(
+                "`learning_rate` is for training from random weights; this stage grows: say it in "
+                "`continue.learning_rate`"
+            )
+        if self.growth is None and self.learning_rate is None:
+            raise ValueError("`learning_rate` is missing; training from random weights needs one")
+        if self.growth is None and self.continue_ != ContinueConfig():
+            raise ValueError(
+                "`continue` says what goes on from a grown base; this stage grows nothing: drop it"
+            )
+        return self
+
+
+class Data(Strict):
+    """What is trained on."""
+
+    train: list[str | float] = []
+    """Prefixes of Megatron's indexed datasets, each with its weight before it where there are
+    several: [0.7, data/web, 0.3, data/code]."""
+
+    valid: list[str | float] = []
+    """The held-out set, likewise; none by default."""
+
+    mock: bool = False
+    """Made-up data instead, for trying a layout."""
+
+    seq_length: Positive
+    """Tokens of a sequence."""
+
+    tokenizer: str = "HuggingFaceTokenizer"
+    """Megatron's tokenizer type."""
+
+    tokenizer_model: str | None = None
+    """Its file or name."""
+
+    cache: Path | None = None
+    """Directory for Megatron's index files; beside the data by default."""
+
+    @model_validator(mode="after")
+    def _some(self) -> "Data":
+        if bool(self.train) == self.mock:
+            raise ValueError("give `train` or `mock: true`, one of the two")
+        return self

@@ -1,0 +1,163 @@
+"""The experiment file: extending, defaults, the chain, and one line for each mistake."""
+# ruff: noqa: E501 (the table of mistakes has one on each line)
+
+import copy
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from megatron_growth.errors import ConfigError
+from megatron_growth.launcher.chain import chain
+from megatron_growth.launcher.experiment import load_experiment
+from megatron_growth.launcher.json_schema import experiment_schema
+from tests.launcher.experiments import CONTENT, write
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+# -- the chain
+
+
+def test_each_stage_grows_the_one_before_and_counts_on_from_it(tmp_path):
+    base, deep, wide = chain(load_experiment(write(tmp_path)))
+    shapes = [
+        (s.model.num_layers, s.model.num_experts, s.model.moe_router_topk)
+        for s in (base, deep, wide)
+    ]
+    assert shapes == [(4, 8, 2), (8, 8, 2), (8, 16, 4)]
+    assert [(s.first, s.last) for s in (base, deep, wide)] == [(0, 10), (10, 20), (20, 25)]
+    assert base.parent is None
+    assert deep.parent.load == base.checkpoints == Path("runs/small/base/checkpoints")
+    assert (wide.base, wide.parent.load) == (deep.model, deep.checkpoints)
+
+
+def test_a_budget_of_tokens_is_rounded_up_to_whole_iterations(tmp_path):
+    path = write(tmp_path)
+    assert chain(load_experiment(path, ["stages[0].budget={tokens: 2049}"]))[0].last == 2
+
+
+def test_a_budget_of_flops_counts_activated_parameters(tmp_path):
+    path = write(tmp_path)
+    link = chain(load_experiment(path))[0]
+    flops = 6 * link.parameters.activated.parameters * link.tokens * 3
+    assert chain(load_experiment(path, [f"stages[0].budget={{flops: {flops}}}"]))[0].last == 3
+
+
+def test_a_reset_iteration_counts_from_zero(tmp_path):
+    setting = "stages[1].continue={iteration: reset}"
+    links = chain(load_experiment(write(tmp_path), [setting]))
+    assert [(s.first, s.last) for s in links] == [(0, 10), (0, 10), (10, 15)]
+
+
+def test_a_pattern_of_dense_layers_grows_with_the_layers(tmp_path):
+    settings = ["model.moe_layer_freq='[0]*1+[1]*3'", "model.ffn_hidden_size=128"]
+    links = chain(load_experiment(write(tmp_path), settings))
+    assert links[1].model.moe_layer_freq == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_an_existing_base_is_grown_by_the_first_stage(tmp_path):
+    content = {**copy.deepcopy(CONTENT), "base": {"load": str(tmp_path / "base")}}
+    del content["stages"][0]
+    path = write(tmp_path, content)
+    with pytest.raises(ConfigError, match=r"base.iteration 'latest'.*give the number"):
+        chain(load_experiment(path))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "latest_checkpointed_iteration.txt").write_text("7")
+    assert chain(load_experiment(path))[0].first == 7
+    assert chain(load_experiment(path, ["base.iteration=3"]))[0].first == 3
+
+
+# -- extending, defaults, settings
+
+
+def test_a_section_is_laid_over_the_file_it_extends(tmp_path):
+    write(tmp_path, CONTENT["model"], "models/tiny.yaml")
+    write(tmp_path, {"extends": "models/tiny.yaml", "num_layers": 6}, "deeper.yaml")
+    content = {**CONTENT, "model": {"extends": "deeper.yaml", "megatron": {"rotary-base": 10000}}}
+    model = load_experiment(write(tmp_path, content)).model
+    assert (model.num_layers, model.hidden_size) == (6, 64)
+    assert model.megatron == {"position-embedding-type": "rope", "rotary-base": 10000}
+
+
+def test_defaults_lie_under_every_stage_and_settings_come_before_them(tmp_path):
+    experiment = load_experiment(
+        write(tmp_path), ["defaults.nodes=3", "stages[0].megatron.bf16=null"]
+    )
+    assert [stage.nodes for stage in experiment.stages] == [3, 2, 3]
+    assert experiment.stages[0].megatron == {"bf16": None}
+    assert experiment.stages[2].megatron == {"bf16": True}
+
+
+def test_another_cluster_takes_the_place_of_the_files(tmp_path):
+    profile = write(tmp_path, {"device": "cpu"}, "cluster.yaml")
+    cluster = load_experiment(write(tmp_path), ["cluster.memory_gb=1"], profile).cluster
+    assert (cluster.device, cluster.memory_gb, cluster.slurm.account) == ("cpu", 1, None)
+
+
+def test_files_that_extend_each_other_are_refused(tmp_path):
+    write(tmp_path, {"extends": "b.yaml"}, "a.yaml")
+    write(tmp_path, {"extends": "a.yaml"}, "b.yaml")
+    with pytest.raises(
+        ConfigError, match=r"goes round in a circle .*a.yaml -> .*b.yaml -> .*a.yaml"
+    ):
+        load_experiment(tmp_path / "a.yaml")
+
+
+# -- mistakes
+
+MISTAKES = [
+    ("stages[1].growth.width.facter=3", "unknown key 'stages[1].growth.width.facter'; did you mean 'factor'?"),
+    ("stages[1].growth.depth.factor=1", "stages[1].growth.depth.factor 1: input should be greater than or equal to 2; factor: Copies"),
+    ("stages[0].budget.tokens=3", "stages[0].budget: tokens and iterations given; give one"),
+    ("stages[0].budget={}", "stages[0].budget: nothing given; give one"),
+    ("stages[0].learning_rate=null", "stages[0]: `learning_rate` is missing"),
+    ("stages[1].learning_rate={peak: 1.0e-3}", "stages[1]: `learning_rate` is for training from random weights"),
+    ("stages[0].continue={iteration: reset}", "stages[0]: `continue` says what goes on from a grown base"),
+    ("stages[0].growth={depth: {}}", "stages[0]: `learning_rate` is for"),
+    ("stages[1].name=base", "configuration: two of the stages"),
+    ("stages[1].name=Deep", "stages[1].name 'Deep': "),
+    ("stages[1].layout.pipline=2", "unknown key 'stages[1].layout.pipline'; did you mean 'pipeline'?"),
+    ("model.moe_router_topk=9", "model: moe_router_topk (9) must not be above num_experts (8); lower it"),
+    ("model.moe_layer_freq='[0]+[1]'", "model.moe_layer_freq: '[0]+[1]' is no pattern of layers"),
+    ("model.moe_layer_freq=[0, 1]", "model: moe_layer_freq has 2 entries for num_layers (4)"),
+    ("model.moe_layer_freq=2", "model: 2 of 4 layers are dense, and their width is not given"),
+    ("model.hidden_size=63", "model: num_attention_heads (4) must divide hidden_size (63)"),
+    ("model.megatron.x={a: 1}", "model.megatron.x: input should be"),
+    ("data.mock=false", "data: give `train` or `mock: true`"),
+    ("cluster.slurm.minutes=1", "cluster.slurm.minutes 1: "),
+    ("cluster.environment={A-B: 1}", "cluster.environment 'A-B': string should match pattern"),
+    ("base={iteration: 3}", "configuration: `base` names no checkpoint; set base.load"),
+    ("defaults=3", "defaults 3: a section of a stage's fields is meant"),
+    ("model.extends=3", "unknown key 'model.extends'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("setting", "says"), MISTAKES, ids=[setting for setting, _ in MISTAKES])
+def test_a_mistake_is_one_line_that_names_its_path(tmp_path, setting, says):
+    path = write(tmp_path)
+    with pytest.raises(ConfigError) as refusal:
+        load_experiment(path, [setting])
+    message = str(refusal.value)
+    assert message.startswith(f"{path}: {says}")
+    assert "\n" not in message
+
+
+def test_growth_that_cannot_be_made_names_its_stage(tmp_path):
+    setting = "stages[1].growth={depth: {skip_first: 3, skip_last: 3}}"
+    with pytest.raises(ConfigError, match=r"stages\[1\].growth: "):
+        chain(load_experiment(write(tmp_path), [setting]))
+
+
+# -- the schema for editors
+
+
+def test_the_schema_takes_our_file_and_refuses_a_mistake():
+    schema = experiment_schema()
+    jsonschema.validate(CONTENT, schema)
+    wrong = copy.deepcopy(CONTENT)
+    wrong["stages"][1]["growth"] = {"depth": {"factr": 2}}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, schema)
+    assert yaml.safe_load("extends: x.yaml").keys() <= schema["properties"].keys()

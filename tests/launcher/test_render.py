@@ -1,0 +1,197 @@
+"""What is rendered: scripts that shellcheck likes, the very command line, a TrainJob that fits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from megatron_growth.config import load_config
+from megatron_growth.errors import ConfigError
+from megatron_growth.launcher.arguments import stage_arguments
+from megatron_growth.launcher.chain import chain
+from megatron_growth.launcher.experiment import load_experiment
+from megatron_growth.launcher.render import TEMPLATES, Target
+from tests.launcher.rendering import rendered, stub
+
+CONTAINER = "cluster.container={image: 'registry/image:1', mounts: ['/lustre:/lustre']}"
+VARIANTS = [
+    (Target.SLURM, ()),
+    (Target.SLURM, ("cluster.slurm.tasks=torchrun", CONTAINER, "cluster.secrets=[WANDB_API_KEY]",
+                    "cluster.slurm.alert='echo \"$STAGE\"'", "cluster.slurm.partition=batch",
+                    "cluster.slurm.options=[--qos=high]", "cluster.preflight=false")),
+    (Target.TORCHRUN, ()),
+    (Target.TORCHRUN, ("cluster.secrets=[WANDB_API_KEY]", "cluster.device=cpu")),
+    (Target.K8S, (CONTAINER,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "settings"), VARIANTS)
+def test_every_script_passes_shellcheck(tmp_path, target, settings):
+    files = rendered(tmp_path, target, *settings)
+    scripts = sorted(tmp_path.rglob("*.sh"))
+    assert len(scripts) >= 6
+    checker = Path(sys.executable).with_name("shellcheck")
+    found = subprocess.run([checker, *scripts], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+    assert all("{{" not in text and "{%" not in text for text in files.values())
+
+
+def test_the_process_runs_the_very_command_line(tmp_path):
+    python = stub(tmp_path, "python", 'printf "%s\\n" "$RANK" "$LOCAL_RANK" "$WORLD_SIZE" "$@"')
+    settings = (f"cluster.python={python}", "stages[0].megatron.moe-layer-freq=null",
+                "stages[0].megatron.data-args-path='a file; rm -rf $HOME'")  # fmt: skip
+    rendered(tmp_path, Target.SLURM, *settings)
+    environment = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "PATH": "/bin"}
+    process = tmp_path / "runs/small/base/process.sh"
+    said = subprocess.run(
+        ["bash", process, "train"], env=environment, capture_output=True, text=True, check=True
+    )
+    experiment = load_experiment(tmp_path / "experiment.yaml", settings)
+    words = stage_arguments(experiment, chain(experiment)[0], walltime=60)
+    assert said.stdout.splitlines() == ["3", "1", "4", "-m", "megatron_growth.train", *words]
+    assert "a file; rm -rf $HOME" in words
+
+
+@pytest.mark.parametrize(("tasks", "per_node"), [("per_process", 2), ("torchrun", 1)])
+def test_a_job_asks_for_one_task_a_gpu_or_one_agent_a_node(tmp_path, tasks, per_node):
+    job = rendered(tmp_path, Target.SLURM, f"cluster.slurm.tasks={tasks}")["deep/job.sh"]
+    assert "#SBATCH --nodes=2\n" in job
+    assert f"#SBATCH --ntasks-per-node={per_node}\n" in job
+    assert "#SBATCH --gpus-per-node=2\n" in job
+    assert "#SBATCH --time=60\n#SBATCH --signal=B:USR1@360\n#SBATCH --requeue\n" in job
+
+
+def test_training_ends_in_time_for_the_walltime(tmp_path):
+    assert "--exit-duration-in-mins 50" in rendered(tmp_path, Target.SLURM)["base/process.sh"]
+    assert "--exit-duration" not in rendered(tmp_path, Target.TORCHRUN)["base/process.sh"]
+    with pytest.raises(
+        ConfigError, match=r"cluster.slurm.minutes 10: starting takes 5 .* raise it"
+    ):
+        rendered(tmp_path, Target.SLURM, "cluster.slurm.minutes=10")
+
+
+def test_a_grown_stage_comes_with_its_growth_file(tmp_path):
+    setting = "stages[1].continue={learning_rate: {peak: 0.001}}"
+    files = rendered(tmp_path, Target.SLURM, setting)
+    config = load_config(tmp_path / "runs/small/deep/growth.yaml")
+    experiment = load_experiment(tmp_path / "experiment.yaml", [setting])
+    assert config.growth == experiment.stages[1].growth
+    assert config.continue_ == experiment.stages[1].continue_
+    assert config.base.load == Path("runs/small/base/checkpoints")
+    assert "base/growth.yaml" not in files
+    assert "--growth-config runs/small/deep/growth.yaml" in files["deep/process.sh"]
+    assert "--num-layers" not in files["deep/process.sh"]
+
+
+def test_secrets_travel_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "do-not-tell")
+    settings = ("cluster.secrets=[WANDB_API_KEY]", CONTAINER, "cluster.kubernetes.secret=keys")
+    for target in Target:
+        for text in rendered(tmp_path, target, *settings).values():
+            assert "do-not-tell" not in text
+
+
+def test_an_option_that_a_field_sets_is_refused(tmp_path):
+    settings = ["stages[1].megatron.num_layers=3", "stages[1].megatron.train-iters=3"]
+    with pytest.raises(
+        ConfigError, match=r"stages\[1\].megatron.train-iters 3: .*change that field"
+    ):
+        rendered(tmp_path, Target.SLURM, settings[1])
+    with pytest.raises(ConfigError, match=r"model.megatron.hidden-size 3: "):
+        rendered(tmp_path, Target.SLURM, "model.megatron.hidden_size=3")
+
+
+# -- Kubernetes
+
+# What Kubeflow Trainer's CRD (trainer.kubeflow.org/v1alpha1) says of the fields that we set.
+TRAIN_JOB = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "trainer.kubeflow.org/v1alpha1"},
+        "kind": {"const": "TrainJob"},
+        "spec": {
+            "type": "object",
+            "required": ["runtimeRef"],
+            "additionalProperties": False,
+            "properties": {
+                "runtimeRef": {"type": "object", "required": ["name"]},
+                "trainer": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "image": {"type": "string"},
+                        "command": {"type": "array", "items": {"type": "string"}},
+                        "env": {"type": "array", "items": {"required": ["name"]}},
+                        "numNodes": {"type": "integer"},
+                        "numProcPerNode": {"type": "integer"},
+                        "resourcesPerNode": {"type": "object"},
+                    },
+                },
+                "runtimePatches": {"type": "array", "items": {"required": ["manager"]}},
+            },
+        },
+    },
+}
+
+
+def test_a_train_job_fits_its_schema_and_is_the_golden_one(tmp_path):
+    settings = (
+        CONTAINER,
+        "cluster.secrets=[WANDB_API_KEY]",
+        "cluster.kubernetes={secret: keys, queue: h100, claims: [{name: lustre, path: /lustre}], "
+        "resources: {rdma/ib: 8}}",
+    )
+    text = rendered(tmp_path, Target.K8S, *settings)["deep/trainjob.yaml"]
+    job = yaml.safe_load(text)
+    jsonschema.validate(job, TRAIN_JOB)
+    golden = Path(__file__).with_name("golden") / "trainjob.yaml"
+    assert text.replace(str(tmp_path), "/lustre/work") == golden.read_text(encoding="utf-8")
+
+
+def test_kubernetes_needs_an_image_and_a_secret_for_secrets(tmp_path):
+    with pytest.raises(ConfigError, match=r"cluster.container: .*give one"):
+        rendered(tmp_path, Target.K8S)
+    with pytest.raises(ConfigError, match=r"cluster.kubernetes.secret"):
+        rendered(tmp_path, Target.K8S, CONTAINER, "cluster.secrets=[A]")
+
+
+# -- the templates themselves
+
+
+def test_an_undefined_name_in_a_template_is_an_error(tmp_path, monkeypatch):
+    import jinja2
+
+    from megatron_growth.launcher import render
+
+    (tmp_path / "process.sh.j2").write_text("{{ nobody_sets_this }}")
+    monkeypatch.setattr(render, "TEMPLATES", tmp_path)
+    with pytest.raises(jinja2.UndefinedError, match="nobody_sets_this"):
+        rendered(tmp_path, Target.SLURM)
+
+
+@pytest.mark.slow
+def test_an_installed_package_has_the_templates(tmp_path):
+    repository = Path(__file__).resolve().parents[2]
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "launch", "megatron_growth"):
+        subprocess.run(["cp", "-a", repository / name, copy], check=True)
+    words = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]
+    subprocess.run([sys.executable, *words, copy], check=True)
+    listing = [sys.executable, "-m", "zipfile", "-l", next(tmp_path.glob("*.whl"))]
+    names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
+    templates = [path.name for path in TEMPLATES.glob("*.j2")]
+    assert len(templates) >= 6
+    for name in templates:
+        assert f"megatron_growth/launcher/templates/{name}" in names
+
+
+def test_the_schema_is_json():
+    from megatron_growth.launcher.json_schema import experiment_schema
+
+    assert json.loads(json.dumps(experiment_schema()))["properties"]["stages"]
