@@ -22,6 +22,7 @@ setup(
         "megatron-core[training]>=0.19,<0.20",
         "torch>=2.6",
         "numpy",
+        "numba>=0.63",  # the noise, compiled; 0.63 is the first that has all of Python 3.12 to 3.14
         "Jinja2>=3.1",
         "PyYAML",
         "pydantic>=2.7",

@@ -1,27 +1,40 @@
-"""The `megatron-growth` command: `plan` growth, `inspect` and `verify` checkpoints, run the `demo`.
+"""The `megatron-growth` command: `plan` growth, `grow` to disk, `inspect` and `verify` checkpoints,
+run the `demo`.
 
 A skin over the library: each command is a few lines. `plan`, `inspect` and `verify` only read;
-growing happens in `python -m megatron_growth.pretrain`, while Megatron loads. Exit codes: 0 done, 1
-not verified, 2 for the user to put right.
+`grow` writes a checkpoint; growing while Megatron loads is `python -m megatron_growth.pretrain`.
+Exit codes: 0 done, 1 not verified, 2 for the user to put right.
 """
 
 import json
+import os
 import sys
+import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.norms import LayerScale, scale_bytes, weight_scales
 from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
 from megatron_growth.checkpoint.verify import Verification, verify
+from megatron_growth.checkpoint.write import Crew, Draft, Mode, Written, grow
 from megatron_growth.config import BaseConfig, ExperimentConfig, GrowthConfig, load_config
 from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.launcher import command as launcher
@@ -37,9 +50,12 @@ from megatron_growth.report.inspection import (
 from megatron_growth.report.plot import check_path, plot_scales
 from megatron_growth.report.tables import print_growth, print_inspection
 from megatron_growth.report.verification import print_verification, verification_document
+from megatron_growth.report.writing import Outlook, document, print_outlook, print_written
 
 if TYPE_CHECKING:
     from megatron_growth.training.forward import Forward
+
+_SECONDS_FOR_RANK_0 = 2
 
 app = typer.Typer(
     help="Grow a Mixture-of-Experts checkpoint while Megatron loads it, and train on.",
@@ -48,18 +64,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change the configuration, or say it all: --set growth.width.factor=2. Repeatable.",
+        show_default=False,
+    ),
+]
 launcher.register(app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line, and exit."""
+    """Run the command line, and exit. Of a torchrun's ranks, which fail together, the first speaks,
+    and the launcher must not end it before."""
     try:
         app(None if argv is None else list(argv), prog_name="megatron-growth")
     except GrowthError as error:
-        message = " ".join(str(error).splitlines())
-        print(f"megatron-growth: error: {message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            message = " ".join(str(error).splitlines())
+            print(f"megatron-growth: error: {message}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_SECONDS_FOR_RANK_0)
         sys.exit(2)
 
 
@@ -74,10 +103,11 @@ def plan(
     from_manifest: Annotated[
         Path | None, typer.Option(help="A grown run's directory: make its plan again, and compare.")
     ] = None,
+    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what growth would make of a base checkpoint; reads no weights and writes nothing."""
-    experiment, expected = _experiment(config, from_manifest)
+    experiment, expected = _experiment(config, settings, from_manifest)
     with quiet():
         weights_only = experiment.growth.optimizer == "reset"
         directory = _base_directory(experiment.base, load, config or from_manifest)
@@ -90,6 +120,61 @@ def plan(
         _print_json(report.document())
     else:
         print_growth(Console(), report)
+
+
+@app.command("grow")
+def grow_command(
+    config: Annotated[
+        Path | None, typer.Argument(help="Growth configuration, a YAML file.", show_default=False)
+    ] = None,
+    *,
+    save: Annotated[
+        Path,
+        typer.Option(
+            help="New directory, which becomes a Megatron checkpoint directory.",
+            show_default=False,
+        ),
+    ],
+    load: Annotated[
+        Path | None, typer.Option(help="Base checkpoint directory, instead of the file's.")
+    ] = None,
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="copy: bytes of its own. link: hard links to the base's files and new files for "
+            "what differs; reflink, symlink: likewise."
+        ),
+    ] = "copy",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes, on each rank if started by torchrun.")
+    ] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted growth.")
+    ] = False,
+    checksum: Annotated[
+        bool, typer.Option("--checksum", help="Check the base's data against its checksums first.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
+    ] = False,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the grown checkpoint to disk, without Megatron's training stack and without a GPU."""
+    with quiet(), Crew(workers) as crew:
+        draft = crew.together(lambda: _draft(config, settings, load, mode))
+        if dry_run:
+            result: Outlook | Written | None = crew.first(lambda: Outlook.of(draft, save))
+        else:
+            result = _written(draft, save, crew, resume, checksum)
+    if result is None:  # another rank speaks
+        return
+    if as_json:
+        _print_json(document(result))
+    elif isinstance(result, Outlook):
+        print_outlook(Console(), result)
+    else:
+        print_written(Console(), result)
 
 
 @app.command("inspect")
@@ -196,24 +281,62 @@ def _options(
 
 
 def _experiment(
-    config: Path | None, from_manifest: Path | None
+    config: Path | None, settings: Sequence[str] | None, from_manifest: Path | None
 ) -> tuple[ExperimentConfig, str | None]:
     """What is to be planned, and the fingerprint that the plan must have."""
-    if (config is None) == (from_manifest is None):
-        raise ConfigError("give a growth configuration or --from-manifest DIR, one of the two")
-    if config is not None:
-        return load_config(config), None
-    assert from_manifest is not None
+    if (config or settings) and from_manifest:
+        raise ConfigError(
+            "--from-manifest says all of the growth; leave the configuration and --set out"
+        )
+    if from_manifest is None:
+        return _configured(config, settings), None
     recorded = manifest.read(from_manifest)
     if recorded is None:
         raise ConfigError(
             f"{str(from_manifest)!r} holds no {manifest.MANIFEST}; give the directory of a grown "
             "run"
         )
-    base = {"load": recorded["base"], "iteration": recorded["iteration"]}
+    base = {"load": recorded["base"], "iteration": manifest.base_iteration(recorded)}
     return ExperimentConfig.model_validate({"base": base, "growth": recorded["growth"]}), recorded[
         "plan_fingerprint"
     ]
+
+
+def _configured(config: Path | None, settings: Sequence[str] | None) -> ExperimentConfig:
+    if config is None and not settings:
+        raise ConfigError(
+            "nothing says how to grow; give a configuration file, or --set growth.depth.factor=2 "
+            "and the like"
+        )
+    return load_config(config, settings or ())
+
+
+def _draft(
+    config: Path | None, settings: Sequence[str] | None, load: Path | None, mode: Mode
+) -> Draft:
+    experiment = _configured(config, settings)
+    given = load or experiment.base.load
+    directory = _base_directory(experiment.base, load, config)
+    return Draft(directory, experiment.growth, mode, given)
+
+
+def _written(draft: Draft, save: Path, crew: Crew, resume: bool, checksum: bool) -> Written | None:
+    """The growth, with a progress bar where someone watches."""
+    with _bar("writing", DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as show:
+        return grow(draft, save, crew=crew, resume=resume, checksum=checksum, on_progress=show)
+
+
+@contextmanager
+def _bar(name: str, *columns: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; what it gives takes bytes done and in
+    all."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn(name), BarColumn(), *columns,
+        console=console, transient=True, disable=not console.is_terminal,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _recorded_form(from_manifest: Path | None) -> KeyForm | None:
@@ -235,7 +358,9 @@ def _check_same(made: GrowthPlan, expected: str | None) -> None:
 def _base_directory(base: BaseConfig, load: Path | None, config: Path | None) -> Path:
     directory = load or base.load
     if directory is None:
-        raise ConfigError(f"{config} names no base checkpoint; set base.load in it or give --load")
+        raise ConfigError(
+            f"{config or '--set'} names no base checkpoint; set base.load in it or give --load"
+        )
     return iteration_directory(directory, base.iteration)
 
 
@@ -248,26 +373,22 @@ def _target_arguments(made: GrowthPlan, base_args: Namespace | None) -> list[str
 
 
 def _measured(source: SourceCheckpoint) -> tuple[LayerScale, ...]:
-    """Weight scales, with a progress bar where someone watches."""
+    """Weight scales."""
     tensors = known_tensors(source)
-    console = Console(stderr=True)
-    columns = TextColumn("reading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("", total=scale_bytes(tensors))
-        return weight_scales(source, tensors, lambda nbytes: progress.advance(task, nbytes))
+    total, done = scale_bytes(tensors), 0
+
+    with _bar("reading weights", DownloadColumn(), TransferSpeedColumn()) as show:
+
+        def more(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            show(done, total)
+
+        return weight_scales(source, tensors, more)
 
 
 def _verified(base: Path, grown: Path | None, growth: GrowthConfig | None) -> Verification:
-    """The verification, with a progress bar where someone watches."""
-    console = Console(stderr=True)
-    columns = TextColumn("comparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("", total=None)
-        show = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
+    with _bar("comparing", DownloadColumn(), TransferSpeedColumn()) as show:
         return verify(base, grown, growth=growth, on_progress=show)
 
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.fields import FieldInfo
 
 from megatron_growth.errors import ConfigError
+from megatron_growth.overrides import overridden, shown_path
 
 
 class Strict(BaseModel):
@@ -105,7 +106,12 @@ class WidthConfig(Strict):
 
     top_k: Literal["scale", "keep"] = "scale"
     """`scale` multiplies top-k with the experts, as the paper does; `keep` leaves it, which changes
-    the function."""
+    the function unless clones are parked."""
+
+    clones: Literal["active", "parked"] = "active"
+    """`active` clones take tokens at once; `parked` ones (with `top_k: keep` and an `expert_bias`
+    on sigmoid scores) take none until balancing has raised their bias: the function is exactly
+    kept, whatever the noise."""
 
     order: Literal["auto", "interleave", "append"] = "auto"
     """Where clones stand: `interleave` beside the original, on its expert-parallel rank; `append`
@@ -114,6 +120,15 @@ class WidthConfig(Strict):
 
     noise: NoiseConfig = NoiseConfig()
     """Noise scales."""
+
+    @model_validator(mode="after")
+    def _parked_at_kept_top_k(self) -> "WidthConfig":
+        if self.clones == "parked" and self.top_k == "scale":
+            raise ValueError(
+                f"clones 'parked' take no tokens, but top_k 'scale' sends each token to "
+                f"{self.factor} times as many experts; set `top_k: keep` or `clones: active`"
+            )
+        return self
 
 
 class GrowthConfig(Strict):
@@ -149,8 +164,9 @@ class BaseConfig(Strict):
     """Megatron checkpoint directory, the one that holds `latest_checkpointed_iteration.txt`;
     `--load` overrides it."""
 
-    iteration: Annotated[int, Field(ge=0)] | Literal["latest"] = "latest"
-    """Which iteration of it."""
+    iteration: Annotated[int, Field(ge=0)] | Literal["latest", "release"] = "latest"
+    """Which iteration of it; `release` is the checkpoint in the directory of that name, which has
+    none."""
 
 
 class LearningRateConfig(Strict):
@@ -232,18 +248,23 @@ class ExperimentConfig(Strict):
     """How training goes on."""
 
 
-def load_config(path: str | Path) -> ExperimentConfig:
+def load_config(path: str | Path | None, settings: Sequence[str] = ()) -> ExperimentConfig:
     """Read a configuration file.
+
+    Args:
+        path: the file; None starts from an empty one.
+        settings: changes to it, as `--set` takes them.
 
     Raises:
         ConfigError: it is missing, not YAML, or not a configuration; one line for the first thing
             wrong.
     """
-    content = read_mapping(path, "a `growth:` section")
+    content = {} if path is None else read_mapping(path, "a `growth:` section")
     try:
-        return ExperimentConfig.model_validate(content)
+        return ExperimentConfig.model_validate(overridden(content, settings))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, ExperimentConfig)}") from None
+        where = "--set" if path is None else path
+        raise ConfigError(f"{where}: {explain(error, ExperimentConfig)}") from None
 
 
 def read_mapping(path: str | Path, needed: str) -> dict[str, Any]:
@@ -292,12 +313,6 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{where or 'configuration'}: {message}"
     shown = "" if isinstance(found["input"], dict) else f" {found['input']!r}"
     return f"{where}{shown}: {message[0].lower()}{message[1:]}; {_meaning(model, location)}"
-
-
-def shown_path(location: Sequence[str | int]) -> str:
-    """`stages[1].growth.width`, of the keys and the places in lists that lead there."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return "".join(parts).removeprefix(".")
 
 
 def _meaning(model: type[BaseModel], location: tuple[Any, ...]) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from megatron_growth.config import shown_path
 from megatron_growth.errors import ConfigError
 
 Step = str | int
@@ -32,6 +31,12 @@ def overridden(content: dict[str, Any], settings: Sequence[str]) -> dict[str, An
         path, value = _read(setting)
         _put(content, path, value, setting)
     return content
+
+
+def shown_path(location: Sequence[str | int]) -> str:
+    """`stages[1].growth.width`, of the keys and the places in lists that lead there."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return "".join(parts).removeprefix(".")
 
 
 def _read(setting: str) -> tuple[list[Step], Any]:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from megatron_growth import cli
-from megatron_growth.checkpoint import norms
+from megatron_growth.checkpoint import manifest, norms
+from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint
+from megatron_growth.config import GrowthConfig
 from megatron_growth.planning.keys import LAYER_RULES
 from megatron_growth.planning.layers import explicit, interposition, stacking
 from megatron_growth.report.growth import describe_layers
@@ -150,6 +152,29 @@ def test_plan_of_a_base_without_arguments_says_what_it_cannot_know(run, weights_
     ):
         assert text in said
     assert "unknown" in run("plan", config(tmp_path, BOTH), "--load", weights_only)[1]
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["directory recorded", "older manifest"])
+@pytest.mark.parametrize("name", ["iter_0000007", "release"])
+def test_a_manifest_finds_its_base_again(name, recorded, run, tmp_path):
+    root = written(tmp_path / "base", MODEL)
+    if name == "release":
+        (root / "iter_0000007").rename(root / "release")
+        (root / TRACKER).write_text("release")
+    growth = GrowthConfig.model_validate({"depth": {}, "optimizer": "reset"})
+    source = SourceCheckpoint(root / name, weights_only=True)
+    described = manifest.describe(source, root, growth, plan_for(source, growth))
+    assert described["directory"] == name
+    if not recorded:
+        del described["directory"]
+    manifest.write(tmp_path / "run", described)
+    code, out, err = run("plan", "--from-manifest", tmp_path / "run", "--json")
+    if name == "release" and not recorded:
+        assert (code, "iter_0000007' does not exist; iterations there: release" in err) == (2, True)
+    else:
+        assert (code, err) == (0, "")
+        assert json.loads(out)["fingerprint"] == described["plan_fingerprint"]
+        assert json.loads(out)["checkpoint"] == str(root / name)
 
 
 @pytest.mark.parametrize(

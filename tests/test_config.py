@@ -77,7 +77,7 @@ def test_defaults_are_the_papers_where_it_gives_any() -> None:
     assert GrowthConfig.model_validate({"depth": {}, "width": {}}).model_dump() == {
         "depth": {"method": "interposition", "factor": None, "target_layers": None, "map": None, "skip_first": 0,
                   "skip_last": 0, "new_layer_init": "copy"},
-        "width": {"factor": 2, "top_k": "scale", "order": "auto", "noise": {"experts": 0.01, "router": 0.01}},
+        "width": {"factor": 2, "top_k": "scale", "clones": "active", "order": "auto", "noise": {"experts": 0.01, "router": 0.01}},
         "optimizer": "rescale",
         "seed": 1234,
     }  # fmt: skip
@@ -167,6 +167,8 @@ MISTAKES = [
     # choices and ranges
     ("growth: {depth: {method: interpose}}", "FILE: growth.depth.method 'interpose': ", "'interposition', 'stacking' or 'map'"),
     ("growth: {width: {order: random}}", "FILE: growth.width.order 'random': ", "'auto', 'interleave' or 'append'"),
+    ("growth: {width: {clones: parked}}", "FILE: growth.width: clones 'parked' take no tokens, but top_k 'scale' sends each token to 2 times as many experts; set `top_k: keep` or `clones: active`", ""),
+    ("growth: {width: {clones: asleep}}", "FILE: growth.width.clones 'asleep': ", "'active' or 'parked'"),
     ("growth: {depth: {}, optimizer: keep}", "FILE: growth.optimizer 'keep': ", "'rescale', 'copy' or 'reset'"),
     ("growth: {width: {noise: {experts: -0.1}}}", "FILE: growth.width.noise.experts -0.1: ", "greater than or equal to 0"),
     ("growth: {width: {noise: {router: .inf}}}", "FILE: growth.width.noise.router inf: ", "finite"),

@@ -7,16 +7,15 @@ bytes.
 
 import hashlib
 import json
-import os
-import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_growth.checkpoint.durable import write_safely
 from megatron_growth.checkpoint.noise import STREAM_VERSION
 from megatron_growth.checkpoint.source import SourceCheckpoint
-from megatron_growth.config import GrowthConfig
+from megatron_growth.config import ContinueConfig, GrowthConfig
 from megatron_growth.errors import CheckpointError
 from megatron_growth.planning.plan import GrowthPlan
 
@@ -25,7 +24,11 @@ _PACKAGES = ("megatron-growth", "megatron-core", "torch", "numpy")
 
 
 def describe(
-    source: SourceCheckpoint, base: str | Path, growth: GrowthConfig, plan: GrowthPlan
+    source: SourceCheckpoint,
+    base: str | Path,
+    growth: GrowthConfig,
+    plan: GrowthPlan,
+    settings: ContinueConfig | None = None,
 ) -> dict[str, Any]:
     """The manifest of one growth.
 
@@ -34,14 +37,18 @@ def describe(
         base: its Megatron checkpoint directory, as the user gave it.
         growth: what the user asked for.
         plan: what was made of it.
+        settings: what went on from the base; None where no run was started.
     """
+    started = {} if settings is None else {"continue": settings.model_dump(mode="json")}
     return {
         "base": str(base),
         "iteration": (source.common_state or {}).get("iteration"),
+        "directory": source.directory.name,
         "base_fingerprint": hashlib.sha256(
             (source.directory / ".metadata").read_bytes()
         ).hexdigest(),
         "growth": growth.model_dump(mode="json"),
+        **started,
         "plan": json.loads(plan.to_json()),
         "plan_fingerprint": plan.fingerprint,
         "seed": plan.seed,
@@ -60,14 +67,7 @@ def write(directory: str | Path, manifest: dict[str, Any]) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / MANIFEST
-    with tempfile.NamedTemporaryFile(
-        "w", dir=directory, prefix=f".{MANIFEST}.", delete=False
-    ) as file:
-        json.dump(manifest, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    write_safely(path, json.dumps(manifest, indent=2) + "\n")
     return path
 
 
@@ -84,6 +84,17 @@ def read(directory: str | Path) -> dict[str, Any] | None:
         return None
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged ({error}); restore or remove it") from None
+
+
+def base_iteration(manifest: dict[str, Any]) -> int | str:
+    """Which checkpoint of the base a manifest is of, as a configuration says it; one that lacks the
+    directory's name has at least an iteration, or the base said none."""
+    name = str(manifest.get("directory", ""))
+    number = name.removeprefix("iter_")
+    if number.isdigit():
+        return int(number)
+    iteration = manifest.get("iteration")
+    return "release" if name == "release" else "latest" if iteration is None else iteration
 
 
 def _version(package: str) -> str | None:

@@ -167,11 +167,14 @@ def iteration_directory(load: str | Path, iteration: int | str = "latest") -> Pa
             raise CheckpointError(f"checkpoint directory {str(load)!r} has no {TRACKER}; {hint}")
         word = tracker.read_text().strip()
         name = "release" if word == "release" else _iteration_name(word, tracker)
+    elif iteration == "release":
+        name = "release"
     else:
         name = f"iter_{int(iteration):07d}"
     directory = load / name
     if not directory.is_dir():
-        have = ", ".join(sorted(p.name for p in load.glob("iter_*"))) or "none"
+        found = [*sorted(load.glob("iter_*")), *load.glob("release")]
+        have = ", ".join(path.name for path in found) or "none"
         raise CheckpointError(
             f"checkpoint {str(directory)!r} does not exist; iterations there: {have}"
         )

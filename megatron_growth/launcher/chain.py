@@ -137,6 +137,8 @@ def _iterations(budget: Budget, tokens: int, model: Geometry) -> int:
 def _iteration(base: BaseConfig | None) -> int:
     assert base is not None  # the experiment saw to it
     assert base.load is not None
+    if base.iteration == "release":  # it has none
+        return 0
     if base.iteration != "latest":
         return base.iteration
     try:

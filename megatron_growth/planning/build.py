@@ -56,6 +56,7 @@ def build_plan(
         masters=None if growth.optimizer == "reset" else masters,
         seed=growth.seed,
         arguments=grown.arguments if grown else (),
+        parked=growth.width is not None and growth.width.clones == "parked",
     )
 
 
@@ -67,7 +68,13 @@ def router_growth(
     if growth.width is None or router is None or source.num_experts == 0:
         return None
     width = growth.width
-    return rules.apply(router, width.factor, order=width.order, top_k=width.top_k)
+    return rules.apply(
+        router,
+        width.factor,
+        order=width.order,
+        top_k=width.top_k,
+        parked=width.clones == "parked",
+    )
 
 
 def _layer_map(depth: "DepthConfig | None", num_layers: int) -> LayerMap:
@@ -92,6 +99,11 @@ def _expert_map(
         raise PlanError(
             f"width.factor ({width.factor}) needs experts to clone, but the base is a dense model; "
             "leave `width` out or start from a Mixture-of-Experts base"
+        )
+    if width.clones == "parked" and router is None:
+        raise PlanError(
+            "clones 'parked' need a router with an expert_bias, and the base holds no Megatron "
+            "arguments that say so; use `clones: active`"
         )
     order: ExpertOrder = "append" if width.order == "append" else "interleave"
     return ExpertMap(source.num_experts, width.factor, router.order if router else order)

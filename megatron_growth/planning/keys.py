@@ -38,6 +38,8 @@ class Rule:
         expert_axis: the first axis behind the layer is the expert; width growth multiplies it.
         noise: the noise that clones along that axis draw; None copies them.
         residual_output: a projection into the residual stream, zero in `zero_output` copies.
+        selection_bias: what a router adds to scores when it selects; lowered where clones are
+            parked.
         is_object: stored as pickled bytes, one for each grid position.
     """
 
@@ -46,6 +48,7 @@ class Rule:
     expert_axis: bool = False
     noise: NoiseKind | None = None
     residual_output: bool = False
+    selection_bias: bool = False
     is_object: bool = False
 
 
@@ -89,7 +92,13 @@ LAYER_RULES: tuple[Rule, ...] = (
         is_object=True,
     ),
     _rule(r"mlp\.router\.weight", "mlp.router.weight", expert_axis=True, noise="router"),
-    _rule(r"mlp\.router\.(bias|expert_bias|qb_beta)", "mlp.router.expert_bias", expert_axis=True),
+    _rule(
+        r"mlp\.router\.expert_bias",
+        "mlp.router.expert_bias",
+        expert_axis=True,
+        selection_bias=True,
+    ),
+    _rule(r"mlp\.router\.(bias|qb_beta)", "mlp.router.bias", expert_axis=True),
     _rule(r"mlp\.shared_experts\.linear_fc1\." + _LINEAR, "mlp.shared_experts.linear_fc1.weight"),
     _rule(
         r"mlp\.shared_experts\.linear_fc2\." + _AFFINE,

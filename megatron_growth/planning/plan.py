@@ -13,7 +13,8 @@ and get pieces, each with a source key, a source box, and a transform:
     Copy        the source's bits
     Noise       source + N(0, (alpha * sigma)^2), a noisy clone (arXiv:2510.08008, section 3.2)
     Divide      source / m or source / m^2, a moment whose gradient was split over m clones
-    Zero        nothing: a residual output of a `zero_output` copy
+    Park        source - spread - 2, the selection bias of a clone that shall take no token yet
+    Zero        nothing: a residual output of a `zero_output` copy, the momentum of a parked clone
 """
 
 import hashlib
@@ -36,6 +37,9 @@ PLAN_VERSION = 1
 # exp_avg is linear in the gradient, exp_avg_sq quadratic: the power of m that `rescale` divides
 # each by.
 MOMENT_POWER = {"exp_avg": 1, "exp_avg_sq": 2}
+# Sigmoid scores lie in [0, 1], so with a bias lower by 2 than the lowest of the originals a clone
+# is below every original by at least 1: by far more than sums of score and bias are rounded.
+PARKING_DISTANCE = 2.0
 MASTER_STATES = ("param", "fp32_param")  # distributed optimizer; plain mixed-precision optimizer
 
 
@@ -116,7 +120,21 @@ class Noise:
     lead: int
 
 
-Transform = Copy | Zero | Divide | Noise
+@dataclass(frozen=True)
+class Park:
+    """(source - (highest - lowest of `scope`)) - PARKING_DISTANCE, in fp64.
+
+    Below every original, and clones among themselves as originals are: balance between experts,
+    which these biases keep, is kept between their clones.
+
+    Attributes:
+        scope: box of the source tensor that holds the biases of one layer's experts.
+    """
+
+    scope: Box
+
+
+Transform = Copy | Zero | Divide | Noise | Park
 
 
 @dataclass(frozen=True)
@@ -185,6 +203,7 @@ class GrowthPlan:
         seed: of the noise.
         arguments: Megatron arguments of the target that are not the base's, beside layers, experts
             and top-k.
+        parked: whether clones start with a selection bias that keeps every token from them.
     """
 
     source: Architecture
@@ -197,6 +216,7 @@ class GrowthPlan:
     masters: str | None
     seed: int
     arguments: tuple[tuple[str, int | float], ...] = ()
+    parked: bool = False
 
     # -- target names and shapes
     # ---------------------------------------------------------------------------
@@ -300,26 +320,38 @@ class GrowthPlan:
         self, key: Key, layer: int | None, expert: int | None, lead: Shape, tail: Shape
     ) -> Transform:
         if key.state in MOMENT_POWER:
-            split = (
-                key.rule.expert_axis
-                and not self.experts.is_identity
-                and self.optimizer == "rescale"
-            )
-            return Divide(self.experts.factor ** MOMENT_POWER[key.state]) if split else Copy()
+            return self._moment(key.state, expert)
         is_copy = key.place == "decoder" and self.layers.copy_index[layer] > 0  # type: ignore[index]
         if self.zero_output and is_copy and key.rule.residual_output:
             return Zero()
-        if expert is None or key.rule.noise is None or self.experts.clone_index(expert) == 0:
+        if expert is None or self.experts.clone_index(expert) == 0:
             return Copy()
-        alpha = self.noise.of(key.rule.noise)
+        all_experts = Box((*lead[:-1], 0, *(0 for _ in tail)),
+                          (*(1 for _ in lead[:-1]), self.source.num_experts, *tail))  # fmt: skip
+        if self.parked and key.rule.selection_bias:
+            return Park(all_experts)
+        alpha = self.noise.of(key.rule.noise) if key.rule.noise else 0.0
         if alpha == 0:
             return Copy()
         scope = Box((*lead, *(0 for _ in tail)), (*(1 for _ in lead), *tail))
         if key.rule.noise == "router":
-            scope = Box((*lead[:-1], 0, *scope.offsets[len(lead) :]),
-                        (*(1 for _ in lead[:-1]), self.source.num_experts, *tail))  # fmt: skip
+            scope = all_experts
         stream = Stream(self.seed, key.tensor, None if key.place == "mtp" else layer, expert)
         return Noise(alpha, stream, scope, len(lead))
+
+    def _moment(self, state: str, expert: int | None) -> Transform:
+        """As the gradient is split: evenly over clones in use, to the original alone while clones
+        are parked.
+
+        A parked clone has no gradient yet, so it gets no momentum, which would move it; the second
+        moment stays, for zero would make its first updates too large.
+        """
+        if expert is None or self.experts.is_identity or self.optimizer != "rescale":
+            return Copy()
+        if not self.parked:
+            return Divide(self.experts.factor ** MOMENT_POWER[state])
+        is_clone = self.experts.clone_index(expert) > 0
+        return Zero() if is_clone and MOMENT_POWER[state] == 1 else Copy()
 
     # -- checks
     # --------------------------------------------------------------------------------------------
@@ -352,8 +384,9 @@ class GrowthPlan:
     def to_json(self) -> str:
         """Canonical JSON: the same plan gives the same text."""
         content = {"version": PLAN_VERSION, **asdict(self)}
-        if not self.arguments:  # as plans were written before there were any
-            del content["arguments"]
+        for later in ("arguments", "parked"):  # as plans were written before there were any
+            if not content[later]:
+                del content[later]
         return json.dumps(content, sort_keys=True)
 
     @classmethod

@@ -21,8 +21,16 @@ From Megatron's formulas, each line held by a test against its router
     shared experts, latent projections    kept: they stand before or behind the weighted sum
     top-k kept, k = 1                     kept: one clone is taken; softmax before needs factor m
     top-k kept, k >= 2                    never: clones of the top ceil(k / m) are taken
+    top-k kept, clones parked             kept at any noise: no clone is selected; see below
 
 What is not kept is refused, unless it was asked for by name (`top_k: keep`), which gets a warning.
+
+Clones are parked by `expert_bias`, which takes part in the selection and in nothing else. That
+needs scores with a bound: sigmoid's lie in [0, 1], sqrtsoftplus has none, softmax has no bias
+upstream. Groups interleaved keep their sums, for those are of originals; appended, each clone of a
+group is a group that comes behind all others, unless groups have no score at all (k < g). An
+expert's capacity is k / (m * E) of the tokens, so its factor is multiplied. The losses that balance
+or regularize look at all clones whatever their bias: the output stays, these do not.
 """
 
 import math
@@ -63,6 +71,9 @@ class Router:
         balancing: load balancing types.
         z_loss_coeff: of the z-loss, None without.
         expert_bias: whether a bias takes part in the selection (aux-loss-free balancing).
+        bias_update_rate: by which each step moves the bias of an expert with too many or too few
+            tokens.
+        aux_loss: whether an auxiliary loss has a coefficient.
         half_precision: whether logits are computed in 16 bits.
         probs_on_input: whether weights multiply the experts' input.
         capacity_factor: of the tokens an expert takes, None without a limit.
@@ -78,6 +89,8 @@ class Router:
     balancing: tuple[str, ...] = ("aux_loss",)
     z_loss_coeff: float | None = None
     expert_bias: bool = False
+    bias_update_rate: float = 1e-3
+    aux_loss: bool = False
     half_precision: bool = False
     probs_on_input: bool = False
     capacity_factor: float | None = None
@@ -90,6 +103,11 @@ class Router:
     @property
     def is_grouped(self) -> bool:
         return bool(self.group_topk) and not self.is_sinkhorn
+
+    @property
+    def selects_by_bias(self) -> bool:
+        """Sinkhorn and quantile balancing select in ways of their own."""
+        return self.expert_bias and not set(self.balancing) & {"sinkhorn", "quantile_balancing"}
 
     @property
     def normalizes(self) -> bool:
@@ -113,6 +131,7 @@ _FIELDS = {
     "moe_router_topk_scaling_factor": "scaling_factor",
     "moe_z_loss_coeff": "z_loss_coeff",
     "moe_router_enable_expert_bias": "expert_bias",
+    "moe_router_bias_update_rate": "bias_update_rate",
     "moe_apply_probs_on_input": "probs_on_input",
     "moe_expert_capacity_factor": "capacity_factor",
 }
@@ -127,6 +146,8 @@ def read_router(args: object | None) -> Router | None:
     if "moe_router_load_balancing_type" in given:
         types = given["moe_router_load_balancing_type"]
         fields["balancing"] = (types,) if isinstance(types, str) else tuple(types)
+    coefficients = given.get("moe_aux_loss_coeff", 0.0)
+    fields["aux_loss"] = any(coefficients if isinstance(coefficients, list) else [coefficients])
     in_half = bool(given.get("bf16") or given.get("fp16"))
     return Router(**fields, half_precision=in_half and "moe_router_dtype" not in given)
 
@@ -169,6 +190,7 @@ class Case:
     m: int
     order: ExpertOrder
     top_k: TopKMode
+    parked: bool = False
 
     @property
     def k(self) -> int:
@@ -185,6 +207,11 @@ class Case:
     @property
     def scales(self) -> bool:
         return self.top_k == "scale"
+
+    @property
+    def keeps_active(self) -> bool:
+        """Top-k stays and clones take tokens: what changes the function."""
+        return not self.scales and not self.parked
 
 
 @dataclass(frozen=True)
@@ -258,6 +285,32 @@ REFUSALS = (
             f"the best {c.k} // {c.g} = {c.k // c.g}; use `order: auto`"
         ),
     ),
+    Rule(
+        "moe_router_enable_expert_bias",
+        lambda c: c.parked and not c.router.selects_by_bias,
+        lambda c: (
+            "clones 'parked' need the router to select by expert_bias, which this one, "
+            f"{_selection(c.router)}, does not; use `clones: active` with `top_k: scale`"
+        ),
+    ),
+    Rule(
+        "moe_router_score_function",
+        lambda c: c.parked and c.router.score_function != "sigmoid",
+        lambda c: (
+            f"moe_router_score_function {c.router.score_function!r} has scores without an upper "
+            "bound, so no expert_bias parks a clone for every token; use `clones: active` with "
+            "`top_k: scale`"
+        ),
+    ),
+    Rule(
+        "moe_router_group_topk",
+        lambda c: c.parked and c.order == "append" and c.router.is_grouped and c.k < c.g,
+        lambda c: (
+            f"order 'append' with parked clones makes {c.m} times as many groups, and groups are "
+            f"scored by their best {c.k} // {c.g} = 0 experts, so any may be used; use `order: "
+            "interleave`"
+        ),
+    ),
 )
 
 REWRITES = (
@@ -273,39 +326,35 @@ REWRITES = (
             lambda c: not c.scales and c.k == 1 and c.router.spreads_weight,
             lambda r: r.scaling_factor, lambda c: c.m * (c.router.scaling_factor or 1.0),
             "softmax gives each clone 1/m of the weight, and one clone is taken"),
+    Rewrite("moe_expert_capacity_factor",
+            lambda c: c.parked and c.router.capacity_factor is not None,
+            lambda r: r.capacity_factor, lambda c: c.m * c.capacity,
+            "each original has the capacity that it had, for it takes all the tokens"),
 )  # fmt: skip
 
 WARNINGS = (
     Rule(
         "moe_router_topk",
-        lambda c: not c.scales and c.k > 1,
+        lambda c: c.keeps_active and c.k > 1,
         lambda c: (
             f"top_k: keep sends each token to {c.k} of {c.m * c.router.num_experts} experts, at "
             f"first clones of its top {math.ceil(c.k / c.m)} instead of its top {c.k}: that is "
-            "another function and the loss will jump; `top_k: scale` keeps it"
+            f"another function and the loss will jump; {_remedy(c.router)}"
         ),
     ),
     Rule(
         "moe_router_topk",
-        lambda c: not c.scales and c.k == 1,
+        lambda c: c.keeps_active and c.k == 1,
         lambda c: (
             "top_k: keep sends each token to one clone, which keeps the function, but only the "
-            "noise on router rows tells clones apart, and gradients are not split as `optimizer: "
-            "rescale` assumes; `optimizer: copy` fits better"
-        ),
-    ),
-    Rule(
-        "moe_router_enable_expert_bias",
-        lambda c: not c.scales and c.k > 1 and c.router.expert_bias,
-        lambda c: (
-            "top_k: keep could keep the function exactly here, with clones parked: their "
-            "expert_bias lower by more than scores differ, until balancing raises it; this is not "
-            "done for you"
+            "noise on router rows tells clones apart, and they share out tokens instead of "
+            "splitting every gradient as `optimizer: rescale` assumes: its first updates may be "
+            f"sqrt({c.m}) times too large; `optimizer: copy` errs on the small side"
         ),
     ),
     Rule(
         "moe_expert_capacity_factor",
-        lambda c: not c.scales and c.router.capacity_factor is not None,
+        lambda c: c.keeps_active and c.router.capacity_factor is not None,
         lambda c: (
             f"moe_expert_capacity_factor {c.capacity:g} at a kept top-k leaves a clone 1/{c.m} of "
             "its expert's capacity, while at first one clone may get all tokens; "
@@ -335,8 +384,33 @@ WARNINGS = (
         lambda c: c.router.half_precision and c.k < c.router.num_experts,
         lambda c: (
             "the router computes in 16 bits, where many logits tie: a token whose last two "
-            "candidates tie may get clones of both (some 3 % of tokens at 64 experts); "
-            "--moe-router-dtype fp32 avoids it"
+            f"candidates tie may get {'the other one' if c.parked else 'clones of both'} (some 3 % "
+            "of tokens at 64 experts); --moe-router-dtype fp32 avoids it"
+        ),
+    ),
+    Rule(
+        "moe_aux_loss_coeff",
+        lambda c: c.parked and c.router.aux_loss,
+        lambda c: (
+            "moe_aux_loss_coeff: auxiliary losses go by scores without expert_bias, so they count "
+            "parked clones as if they took tokens: the output stays, their value and their pull "
+            "on the router do not"
+        ),
+    ),
+    Rule(
+        "num_experts",
+        lambda c: c.parked and c.order == "append",
+        lambda c: (
+            f"order 'append' puts all originals on the first 1/{c.m} of the expert-parallel ranks, "
+            "which take every token while clones are parked; `order: interleave` spreads them"
+        ),
+    ),
+    Rule(
+        "moe_router_bias_update_rate",
+        lambda c: c.parked and not c.router.bias_update_rate,
+        lambda c: (
+            "moe_router_bias_update_rate 0: nothing raises the bias of parked clones, so they are "
+            "never used; give --moe-router-bias-update-rate"
         ),
     ),
 )
@@ -351,11 +425,27 @@ NOTES = (
             "destinations"
         ),
     ),
+    Rule(
+        "moe_router_bias_update_rate",
+        lambda c: c.parked and bool(c.router.bias_update_rate),
+        lambda c: (
+            "clones are parked: the function is exactly kept, whatever the noise; with every step "
+            "balancing raises clones and lowers originals by moe_router_bias_update_rate "
+            f"{c.router.bias_update_rate:g}, so the first clones take tokens after some "
+            f"{_first_use(c):.0f} steps, most by {2 * _first_use(c):.0f} (more where the biases of "
+            "a layer are far apart)"
+        ),
+    ),
 )
 
 
 def apply(
-    router: Router, m: int, *, order: OrderAsked = "auto", top_k: TopKMode = "scale"
+    router: Router,
+    m: int,
+    *,
+    order: OrderAsked = "auto",
+    top_k: TopKMode = "scale",
+    parked: bool = False,
 ) -> RouterGrowth:
     """Grow a router.
 
@@ -365,11 +455,12 @@ def apply(
         order: where clones stand; `auto` interleaves, to keep a token's destinations, unless groups
             forbid.
         top_k: `scale` multiplies top-k by m.
+        parked: clones start with a bias that keeps every token from them; at a kept top-k.
 
     Raises:
         PlanError: the function would not be kept.
     """
-    case = Case(router, m, "interleave" if order == "auto" else order, top_k)
+    case = Case(router, m, "interleave" if order == "auto" else order, top_k, parked)
     if order == "auto" and case.scales and not _groups_stay(case):
         case = Case(router, m, "append", top_k)
     for rule in REFUSALS:
@@ -409,6 +500,30 @@ def _groups_stay(case: Case) -> bool:
     return (
         not router.is_grouped or case.g == router.num_groups or case.m * (case.k % case.g) < case.g
     )
+
+
+def _selection(router: Router) -> str:
+    """How a router selects that does not do so by bias."""
+    if not router.expert_bias:
+        return "without moe_router_enable_expert_bias"
+    return f"with moe_router_load_balancing_type {' '.join(router.balancing)!r}"
+
+
+def _remedy(router: Router) -> str:
+    """What keeps the function instead of a kept top-k with clones in use."""
+    if router.selects_by_bias and router.score_function == "sigmoid":
+        return "`top_k: scale` keeps it, and so does `clones: parked`"
+    return "`top_k: scale` keeps it"
+
+
+def _first_use(case: Case) -> float:
+    """Steps until a parked clone can be selected.
+
+    Score and bias of a clone are behind its original's by the spread of the biases and 2, and
+    within a token's choice by up to the spread and 1; a step brings the two nearer by twice the
+    rate.
+    """
+    return 1 / (2 * case.router.bias_update_rate)
 
 
 def _even_z_loss(case: Case) -> float:

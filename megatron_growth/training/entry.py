@@ -29,6 +29,15 @@ _SECONDS_FOR_RANK_0 = 5
 _NOT_IN_CHECKPOINT = re.compile(r"(?P<key>\S+) from model not in state dict")
 
 
+# OptimizerParamScheduler: class input value 0.0005 and checkpointvalue 0.001 for learning rate do
+# not match
+# upstream: megatron/core/optimizer_param_scheduler.py
+_OTHER_SCHEDULE = re.compile(
+    r"OptimizerParamScheduler: class input value (?P<given>.+) and checkpoint ?value (?P<held>.+) "
+    r"for (?P<name>.+) do not match"
+)
+
+
 def train(argv: Sequence[str], pretrain: Callable[[list[str]], None]) -> None:
     """Run `pretrain` with Megatron's command line, its first load grown.
 
@@ -76,7 +85,7 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (GrowthError, CheckpointException) as error:
+    except (GrowthError, CheckpointException, AssertionError) as error:
         cause = _cause(error)
         if cause is None:
             raise
@@ -90,9 +99,11 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> GrowthError | None:
-    """DCP wraps what a reader raises, by rank."""
+    """DCP wraps what a reader raises, by rank; the schedule's mismatch is an assertion."""
     if isinstance(error, GrowthError):
         return error
+    if isinstance(error, AssertionError):
+        return _other_schedule(str(error))
     for failure, _ in getattr(error, "failures", {}).values():
         if isinstance(failure, GrowthError):
             return failure
@@ -102,6 +113,19 @@ def _cause(error: BaseException) -> GrowthError | None:
                 "base's precision, optimizer and --transformer-impl, or use `optimizer: reset`"
             )
     return None
+
+
+def _other_schedule(said: str) -> ConfigError | None:
+    """A run that resumes with another schedule than it was started with."""
+    match = _OTHER_SCHEDULE.search(said)
+    if match is None:
+        return None
+    unit = ", in samples," if "iterations" in match["name"] else ""
+    return ConfigError(
+        f"the run's {match['name']}{unit} is {match['held']} but now {match['given']}; give the "
+        "schedule and length that it was started with, or --override-opt-param-scheduler (rates "
+        "stay those of the checkpoint: for another rate grow into a new --save)"
+    )
 
 
 def _own_options(argv: Sequence[str]) -> tuple[str, list[str]]:

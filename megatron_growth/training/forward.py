@@ -74,16 +74,18 @@ class Forward:
 
 
 def keeps_function(plan: GrowthPlan) -> bool:
-    """Whether the grown model computes what the base does: no noise, and depth with zero outputs.
+    """Whether the grown model computes what the base does: depth with zero outputs, and clones
+    without noise or parked.
 
-    Router options that would not keep it were refused when the plan was made, `top_k: keep` apart.
+    Router options that would not keep it were refused when the plan was made, `top_k: keep` with
+    clones in use apart.
     """
     depth = plan.layers.is_identity or plan.zero_output
     silent = plan.noise.experts == plan.noise.router == 0
     scaled = (
         plan.source.top_k is None or plan.target.top_k == plan.source.top_k * plan.experts.factor
     )
-    return depth and (plan.experts.is_identity or (silent and scaled))
+    return depth and (plan.experts.is_identity or plan.parked or (silent and scaled))
 
 
 def compare(

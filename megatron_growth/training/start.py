@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.common_state import grown_args
 from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
-from megatron_growth.config import ContinueConfig, ExperimentConfig, GrowthConfig
+from megatron_growth.config import (
+    ContinueConfig,
+    ExperimentConfig,
+    GrowthConfig,
+    LearningRateConfig,
+)
 from megatron_growth.errors import CheckpointError, ConfigError, PlanError
 from megatron_growth.planning.build import router_growth
 from megatron_growth.planning.plan import GrowthPlan
@@ -81,17 +86,20 @@ def decide(config: ExperimentConfig, argv: Sequence[str]) -> Start:
         )
     words = [*argv, *_schedule(config.continue_, given)]
     if save is not None and (Path(save) / TRACKER).is_file():
-        return _resume(config.growth, words, Path(save))
+        return _resume(config, words, Path(save))
     return _grow(config, words, given, Path(load))
 
 
-def _resume(growth: GrowthConfig, argv: Sequence[str], save: Path) -> Start:
+def _resume(config: ExperimentConfig, argv: Sequence[str], save: Path) -> Start:
     written = manifest.read(save)
-    if written is not None and _recorded_growth(written, save) != growth:
+    if written is not None and _recorded(GrowthConfig, written, "growth", save) != config.growth:
         raise ConfigError(
             f"{str(save)!r} holds a run grown by another configuration (see {manifest.MANIFEST} "
             "there); give --save a new directory, or the configuration it was grown by"
         )
+    if written is not None and "continue" in written:  # older manifests do not say
+        started = _recorded(ContinueConfig, written, "continue", save)
+        _check_continues_as_started(started, config.continue_, save)
     directory = iteration_directory(save)
     source = SourceCheckpoint(directory, weights_only=True)
     words = arguments.completed(_without(argv, {**_FIRST_LOAD_ONLY, "--load": True}), _args(source))
@@ -99,15 +107,30 @@ def _resume(growth: GrowthConfig, argv: Sequence[str], save: Path) -> Start:
     return Start([*words, "--load", str(save)], None, None, None, message)
 
 
-def _recorded_growth(written: dict[str, Any], save: Path) -> GrowthConfig:
+def _recorded[Section: BaseModel](
+    section: type[Section], written: dict[str, Any], key: str, save: Path
+) -> Section:
     """As a configuration, so that a field added since has its default in both."""
     try:
-        return GrowthConfig.model_validate(written.get("growth"))
+        return section.model_validate(written.get(key))
     except ValidationError:
         raise CheckpointError(
             f"{str(save / manifest.MANIFEST)!r} does not say how the run was grown; restore or "
             "remove it"
         ) from None
+
+
+def _check_continues_as_started(started: ContinueConfig, given: ContinueConfig, save: Path) -> None:
+    """`continue:` is for the growth alone; a run that resumes would not do what a change of it
+    says."""
+    before, after = started.model_dump(mode="json"), given.model_dump(mode="json")
+    for name in before:
+        if before[name] != after[name]:
+            raise ConfigError(
+                f"continue.{name} is {after[name]!r}, but the run in {str(save)!r} was started "
+                f"with {before[name]!r} and goes on with that; put it back, or give --save a new "
+                "directory to grow anew"
+            )
 
 
 def _grow(
@@ -126,8 +149,7 @@ def _grow(
     _check_experts_divide(given, plan)
     _check_optimizer(source, plan, given)
     words += ["--load", str(load)]
-    if iteration != "latest":
-        words += ["--ckpt-step", str(iteration)]
+    words += _checkpoint_step(load, iteration)
     if plan.optimizer == "reset" and not given.get("no_load_optim"):
         words.append("--no-load-optim")
     message = (
@@ -139,8 +161,26 @@ def _grow(
     message += _undone(plan, given)
     message += "".join(f"\n  {line}" for line in _router_notes(config.growth, source, given))
     return Start(
-        words, directory, plan, manifest.describe(source, load, config.growth, plan), message
+        words,
+        directory,
+        plan,
+        manifest.describe(source, load, config.growth, plan, config.continue_),
+        message,
     )
+
+
+def _checkpoint_step(load: Path, iteration: int | str) -> list[str]:
+    """Megatron's option for one iteration of a base. For `release` there is none: the tracker must
+    name it."""
+    if isinstance(iteration, int):
+        return ["--ckpt-step", str(iteration)]
+    latest = iteration_directory(load).name
+    if iteration == "release" and latest != "release":
+        raise CheckpointError(
+            f"base.iteration 'release' cannot be loaded by Megatron, for {TRACKER} in "
+            f"{str(load)!r} names {latest}; write 'release' in it, in a copy if need be"
+        )
+    return []
 
 
 def _router_notes(
@@ -161,8 +201,7 @@ def _schedule(settings: ContinueConfig, given: dict[str, Any]) -> list[str]:
         "lr": rate.peak,
         "min_lr": rate.min,
         "lr_decay_style": rate.decay_style,
-        "lr_warmup_iters": rate.warmup_iters,
-        "lr_decay_iters": rate.decay_iters,
+        **_lengths(rate, given),
     }
     values = {name: value for name, value in values.items() if value is not None}
     clash = next((name for name in values if name in given and given[name] != values[name]), None)
@@ -172,6 +211,36 @@ def _schedule(settings: ContinueConfig, given: dict[str, Any]) -> list[str]:
             f"the configuration, which sets {values[clash]!r}; say it in one place"
         )
     return arguments.render({name: value for name, value in values.items() if name not in given})
+
+
+def _lengths(rate: LearningRateConfig, given: dict[str, Any]) -> dict[str, int | None]:
+    """Warm-up and decay as the run counts: in iterations, or with `--train-samples` in samples."""
+    lengths = {"lr_warmup": rate.warmup_iters, "lr_decay": rate.decay_iters}
+    if not given.get("train_samples"):
+        return {f"{name}_iters": iters for name, iters in lengths.items()}
+    batch = _batch_size(given) if any(lengths.values()) else 0
+    return {
+        f"{name}_samples": None if iters is None else iters * batch
+        for name, iters in lengths.items()
+    }
+
+
+def _batch_size(given: dict[str, Any]) -> int:
+    """Samples of every iteration; known only where all have as many."""
+    for name in ("rampup_batch_size", "step_batch_size_schedule"):
+        if given.get(name):
+            raise ConfigError(
+                f"continue.learning_rate counts iterations and --train-samples samples, but with "
+                f"--{name.replace('_', '-')} {given[name]!r} iterations are of different sizes; "
+                "give the schedule in samples on the command line and leave continue.learning_rate "
+                "out"
+            )
+    if not given.get("global_batch_size"):
+        raise ConfigError(
+            "continue.learning_rate counts iterations and --train-samples samples, and how many of "
+            "these an iteration has is not said; give --global-batch-size"
+        )
+    return int(given["global_batch_size"])
 
 
 def _in_target_form(

@@ -65,6 +65,8 @@ class Model:
             encoder_num_layers=self.layers,
             num_experts=self.experts or None,
             moe_router_topk=2,
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
             moe_layer_freq=1
             if self.stacked
             else [int(i not in self.dense) for i in range(self.layers)],

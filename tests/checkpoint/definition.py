@@ -17,6 +17,7 @@ from fractions import Fraction
 from functools import cache
 from statistics import NormalDist
 
+import numpy as np
 import torch
 
 Tensors = dict[str, torch.Tensor]
@@ -52,6 +53,7 @@ class Growth:
         zero_output: depth copies start with zero residual outputs.
         optimizer: rescale, copy or reset.
         seed: of the noise.
+        parked: clones start with a bias that no score makes up for.
         stacked: the grown checkpoint stacks its layers.
     """
 
@@ -61,6 +63,7 @@ class Growth:
     zero_output: bool = False
     optimizer: str = "rescale"
     seed: int = 1234
+    parked: bool = False
     stacked: bool = True
 
     @property
@@ -168,8 +171,13 @@ def _experts(
     for target, (source, clone) in enumerate(growth.experts):
         part = tensor[source]
         if state in MOMENTS:
-            if growth.optimizer == "rescale":
+            if growth.optimizer == "rescale" and growth.parked:
+                part = torch.zeros_like(part) if clone > 0 and state == "exp_avg" else part
+            elif growth.optimizer == "rescale":
                 part = (part.float() / growth.num_clones ** MOMENTS[state]).to(part.dtype)
+        elif clone > 0 and growth.parked and name == "mlp.router.expert_bias":
+            spread = np.ptp(tensor.double().numpy())
+            part = torch.tensor(float(part) - spread - 2.0, dtype=torch.float64).to(part.dtype)
         elif clone > 0 and alpha > 0:
             exact = tensor if master is None or state else master
             spread = exact if name == "mlp.router.weight" else exact[source]

@@ -1,6 +1,9 @@
 """The noise: Philox against published vectors, streams against the definition, slices against the
 whole."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +129,56 @@ def test_noise_on_any_box_equals_that_box_of_the_noise_on_the_whole(shape_and_bo
     assert torch.equal(part, whole[where])
 
 
+@settings(deadline=None, max_examples=80)
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.integers(1, 6000))
+def test_what_is_added_is_the_numpy_streams_values_times_the_scale(
+    seed: int, start: int, count: int
+) -> None:
+    stream = Stream(seed, FC1, 3, 5)
+    values = torch.linspace(-1, 1, count)
+    want = values.numpy() + np.float32(0.37) * normals(stream_key(stream), start, count)
+    box, shape = Box((start,), (count,)), (start + count,)
+    add_noise(values, box=box, shape=shape, stream=stream, scale=0.37)
+    assert np.array_equal(values.numpy(), want)
+
+
+@pytest.mark.parametrize("columns", [(0, 1), (0, 8), (3, 9), (64, 64), (5, 2043), (1, 4095)])
+def test_noise_on_columns_equals_those_of_the_whole(columns: tuple[int, int]) -> None:
+    """As expert tensor parallelism cuts fc2: rows that begin anywhere within a counter, of any
+    length."""
+    shape, (first, num) = (6, 4096), columns
+    whole, part = torch.zeros(shape), torch.zeros(6, num)
+    add_noise(whole, box=Box((0, 0), shape), shape=shape, stream=STREAM, scale=1.0)
+    add_noise(part, box=Box((0, first), (6, num)), shape=shape, stream=STREAM, scale=1.0)
+    assert torch.equal(part, whole[:, first : first + num])
+    assert torch.equal(whole.view(-1), torch.from_numpy(normals(stream_key(STREAM), 0, 6 * 4096)))
+
+
+def test_drawing_does_not_hold_the_interpreters_lock() -> None:
+    """So that threads draw side by side: another thread never waits as long as drawing takes."""
+    values = torch.zeros(1 << 25)
+    box, shape = Box((0,), (len(values),)), (len(values),)
+
+    def draw() -> float:
+        start = time.perf_counter()
+        add_noise(values, box=box, shape=shape, stream=STREAM, scale=1.0)
+        return time.perf_counter() - start
+
+    def longest_wait() -> float:
+        """The longest that this thread stood still while another drew, as a share of that."""
+        with ThreadPoolExecutor(1) as pool:
+            ticks, drawing = [time.perf_counter()], pool.submit(draw)
+            while not drawing.done():
+                ticks.append(time.perf_counter())
+            ticks.append(time.perf_counter())
+            return max(b - a for a, b in pairwise(ticks)) / drawing.result()
+
+    draw()  # compiled
+    assert min(longest_wait() for _ in range(5)) < 0.5  # a busy machine may be unfair at times
+
+
 def test_noise_on_more_than_one_block_equals_the_definition_at_every_seam() -> None:
-    count = 70_000  # blocks are of 65536
+    count = 70_000  # blocks are of 2048
     values = torch.zeros(count)
     add_noise(values, box=Box((0,), (count,)), shape=(count,), stream=STREAM, scale=1.0)
     want = torch.tensor(definition.normals(TEXT, count))

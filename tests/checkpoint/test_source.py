@@ -145,6 +145,7 @@ def test_an_iteration_is_found_by_number_by_name_and_as_the_latest(base: Path) -
     (load / "release").mkdir()
     (load / "latest_checkpointed_iteration.txt").write_text("release")
     assert iteration_directory(load) == load / "release"
+    assert iteration_directory(load, "release") == load / "release"
 
 
 @pytest.mark.parametrize(

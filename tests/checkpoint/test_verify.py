@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_growth import GrowthConfig, GrowthPlan, GrowthStorageReader, cli
 from megatron_growth.checkpoint import fanout, manifest
+from megatron_growth.checkpoint import values as growth_values
 from megatron_growth.checkpoint.source import TRACKER
 from megatron_growth.checkpoint.verify import Problem, Verification, values, verify
 from megatron_growth.errors import CheckpointError, ConfigError
@@ -28,7 +29,7 @@ from megatron_growth.planning.plan import Noise
 from tests.checkpoint import bases, definition
 from tests.checkpoint.bases import COMMON_STATE, FC1, FC2, ROUTER, Model
 from tests.checkpoint.loading import RecordingReader, load_all
-from tests.checkpoint.test_view import CASES
+from tests.checkpoint.test_view import CASES, PARKED
 
 STATES = ("param", "exp_avg", "exp_avg_sq")
 BOTH: dict[str, Any] = {"depth": {"factor": 2}, "width": {"factor": 2}}
@@ -101,6 +102,9 @@ RIGHT = [
     "a map, other noise scales",
     "per-layer keys, with optimizer, appended, stacked twice",
     "per-layer keys, zero outputs",
+    "clones parked",
+    "three clones parked, appended, moments copied, per-layer keys",
+    "clones parked, optimizer reset",
     "a dense model",
 ]
 
@@ -350,6 +354,25 @@ def test_a_value_that_is_no_number_is_found(mutable, tmp_path):
     assert all(problem.difference != problem.difference for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("decoder.layers.mlp.router.expert_bias", "below every original of its layer"),
+        (f"optimizer.state.exp_avg.decoder.layers.{FC1}", "zero, as the momentum"),
+        (f"optimizer.state.exp_avg_sq.decoder.layers.{ROUTER}", "layer 0 expert 0"),
+    ],
+)
+def test_a_parked_clone_that_is_as_its_original_or_otherwise_wrong_is_found(key, what, tmp_path):
+    made = grown(tmp_path, SMALL, {"width": PARKED})
+    tensor = made.tensors[key]
+    wrong = tensor[0, 0] / 2 if "exp_avg_sq" in key else tensor[0, 0]
+    assert not torch.equal(tensor[0, 1], wrong)
+    tensor[0, 1] = wrong
+    (problem,) = made.verified(tmp_path / "grown").problems
+    assert (problem.key, problem.layer, problem.expert) == (key, 0, 1)
+    assert what in problem.what
+
+
 @pytest.mark.parametrize("how", ["one bit", "all bytes"])
 @pytest.mark.parametrize(
     ("key", "landmark"),
@@ -458,8 +481,8 @@ def test_the_verifier_takes_another_route_than_growth(monkeypatch, small, tmp_pa
         (GrowthPlan, "target_tensors"),
         (GrowthPlan, "target_objects"),
         (fanout, "read_tensors"),
-        (fanout, "add_noise"),
-        (fanout, "standard_deviation"),
+        (growth_values, "add_noise"),
+        (growth_values, "standard_deviation"),
     ):
         monkeypatch.setattr(owner, name, forbidden)
     assert verify(small.base, directory).passed
@@ -470,14 +493,17 @@ def test_the_verifier_takes_another_route_than_growth(monkeypatch, small, tmp_pa
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.ImportFrom)
     }
-    banned = {f"megatron_growth.checkpoint.{module}" for module in ("view", "fanout", "sigma")}
+    growth = ("view", "units", "values", "fanout", "sigma")
+    banned = {f"megatron_growth.checkpoint.{module}" for module in growth}
     assert imported
     assert not imported & banned
 
 
 def _sigma_off_by_a_millionth(monkeypatch):
-    right = fanout.standard_deviation
-    monkeypatch.setattr(fanout, "standard_deviation", lambda chunks: right(chunks) * (1 + 1e-6))
+    right = growth_values.standard_deviation
+    monkeypatch.setattr(
+        growth_values, "standard_deviation", lambda chunks: right(chunks) * (1 + 1e-6)
+    )
 
 
 def _noise_by_source_layer(monkeypatch):
@@ -501,6 +527,33 @@ def _noise_on_expert_bias(monkeypatch):
 
 def _second_moments_divided_by_m(monkeypatch):
     monkeypatch.setitem(plan.MOMENT_POWER, "exp_avg_sq", 1)
+
+
+def _parked_too_near(monkeypatch):
+    monkeypatch.setattr(growth_values, "PARKING_DISTANCE", 1.0)
+
+
+def _parked_by_the_expert_alone(monkeypatch):
+    right = growth_values._parked
+    monkeypatch.setattr(growth_values, "_parked", lambda values, part, _: right(values, part, [values]))
+
+
+def _momentum_of_parked_clones_kept(monkeypatch):
+    monkeypatch.setattr(GrowthPlan, "_moment", lambda *_: plan.Copy())
+
+
+@pytest.mark.parametrize(
+    ("mistake", "shows_in"),
+    [
+        (_parked_too_near, "mlp.router.expert_bias"),
+        (_parked_by_the_expert_alone, "mlp.router.expert_bias"),
+        (_momentum_of_parked_clones_kept, f"optimizer.state.exp_avg.decoder.layers.{FC2}"),
+    ],
+)
+def test_a_mistake_in_parking_shows_in_its_view(mistake, shows_in, monkeypatch, small):
+    mistake(monkeypatch)
+    problems = verify(small.base, growth=GrowthConfig.model_validate({"width": PARKED})).problems
+    assert any(problem.key.endswith(shows_in) and problem.elements for problem in problems)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ MIXED = ("fp32_param", "exp_avg", "exp_avg_sq")  # plain bf16 optimizer
 ADAM = ("exp_avg", "exp_avg_sq")  # plain fp32 optimizer
 
 BOTH: dict[str, Any] = {"depth": {"factor": 2}, "width": {"factor": 2}}
+PARKED: dict[str, Any] = {"factor": 2, "top_k": "keep", "clones": "parked"}
 PER_LAYER = Model(stacked=False, dense=(0,))
 
 # name: base, configuration, the same growth written out
@@ -110,6 +111,21 @@ CASES: dict[str, tuple[Model, dict[str, Any], Growth]] = {
         {"depth": {"new_layer_init": "zero_output"}, "width": {}},
         Growth((0, 0, 1, 1, 2, 2), interleaved(3, 2), stacked=False, zero_output=True),
     ),
+    "clones parked": (
+        Model(states=DISTRIBUTED),
+        {"depth": {"factor": 2}, "width": PARKED},
+        Growth((0, 0, 1, 1, 2, 2), interleaved(3, 2), parked=True),
+    ),
+    "three clones parked, appended, moments copied, per-layer keys": (
+        Model(stacked=False, dense=(0,), states=MIXED),
+        {"width": {**PARKED, "factor": 3, "order": "append"}, "optimizer": "copy"},
+        Growth((0, 1, 2), appended(3, 3), optimizer="copy", stacked=False, parked=True),
+    ),
+    "clones parked, optimizer reset": (
+        Model(dtype=torch.float32, states=ADAM),
+        {"width": PARKED, "optimizer": "reset"},
+        Growth((0, 1, 2), interleaved(3, 2), optimizer="reset", parked=True),
+    ),
     "a dense model": (
         Model(experts=0),
         {"depth": {"target_layers": 5}},
@@ -128,6 +144,7 @@ CASES_AND_GRIDS = [(case, "as Megatron") for case in CASES] + [
         "both, with the plain bf16 optimizer",
         "a map, other noise scales",
         "per-layer keys, dense first",
+        "clones parked",
     )
     for grid in ("whole tensors", "uneven")
 ]
@@ -198,6 +215,30 @@ def test_originals_keep_the_bases_bits_and_every_clone_differs_a_little(
 
 # base form, target form
 CROSSINGS = [("stacked", "per_layer"), ("per_layer", "stacked")]
+
+
+def test_parked_clones_are_below_every_original_and_in_the_originals_order(tmp_path: Path) -> None:
+    _save(tmp_path, Model(states=DISTRIBUTED), bases.megatron())
+    growth = GrowthConfig.model_validate({"width": {**PARKED, "factor": 3}})
+    (bias,) = load_tensors(
+        GrowthStorageReader(tmp_path, growth), "decoder.layers.mlp.router.expert_bias"
+    )
+    by_clone = bias.view(3, 3, 3)  # layer, expert, clone
+    originals, clones = by_clone[:, :, :1], by_clone[:, :, 1:]
+    assert (clones.amax((1, 2)) + 1 < originals.amin((1, 2))).all()
+    assert torch.equal(clones.argsort(1), originals.argsort(1).expand_as(clones))
+
+
+@pytest.mark.parametrize("added", [[1e9] * 3, [0, 0, float("inf")], [0, float("nan"), 0]])
+def test_biases_that_leave_no_room_for_parking_are_refused(tmp_path: Path, added: Any) -> None:
+    tensors = bases.tensors(Model())
+    tensors["decoder.layers.mlp.router.expert_bias"][1] += torch.tensor(added)
+    state = {**tensors, **bases.objects(Model())}
+    bases.save(tmp_path, state, bases.every([1, 2]))
+    reader = GrowthStorageReader(tmp_path, GrowthConfig.model_validate({"width": PARKED}))
+    with pytest.raises(CheckpointError) as refusal:
+        load_boxes(reader, [("decoder.layers.mlp.router.expert_bias", (1, 1), (1, 1))])
+    assert "cannot place clones below every original; use `clones: active`" in str(refusal.value)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

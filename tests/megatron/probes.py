@@ -45,6 +45,7 @@ def defined(
     zero: bool,
     rule: str,
     stacked: bool,
+    parked: bool,
 ) -> Tensors:
     """The grown checkpoint by definition; the same for all jobs of a rank that grow alike."""
     tensors = plain_tensors(iteration_directory(base))
@@ -56,7 +57,13 @@ def defined(
     num_experts = router.shape[-2]
     experts = (interleaved if order == "interleave" else appended)(num_experts, factor)
     growth = Growth(
-        layers, experts, (("experts", alpha), ("router", alpha)), zero, rule, stacked=stacked
+        layers,
+        experts,
+        (("experts", alpha), ("router", alpha)),
+        zero,
+        rule,
+        stacked=stacked,
+        parked=parked,
     )
     return grown_tensors(tensors, growth)
 
@@ -77,6 +84,7 @@ def compare(probe: Probe) -> dict[str, Any]:
         o.get("zero_output", False),
         o.get("optimizer", "reset"),
         o.get("stacked", True),
+        o.get("parked", False),
     )
     held, wrong, elements = [], [], 0
     for shard in _shards(probe):

@@ -1,9 +1,12 @@
 """What bad input gets: one line that says what, why and what to do; no traceback, no hang, exit
 code not 0."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +16,9 @@ import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_growth import GrowthConfig, GrowthStorageReader
-from megatron_growth.errors import GrowthError
-from megatron_growth.training import cpu_backend, entry
+from megatron_growth.config import ExperimentConfig
+from megatron_growth.errors import CheckpointError, GrowthError
+from megatron_growth.training import cpu_backend, entry, start
 from tests.checkpoint.bases import Model, megatron, objects, save, tensors
 from tests.megatron.driver import REPOSITORY
 
@@ -34,11 +38,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(tmp_path_factory.mktemp("base"))
 
 
-def refusal(tmp_path: Path, base: Path, growth: dict[str, Any], argv: list[str] = ()) -> str:  # type: ignore[assignment]
+def refusal(
+    tmp_path: Path,
+    base: Path,
+    growth: dict[str, Any],
+    argv: list[str] = (),  # type: ignore[assignment]
+    settings: dict[str, Any] | None = None,
+) -> str:
     """The message with which the entry point refuses; the training itself must never be reached."""
     cpu_backend.install()
     file = tmp_path / "growth.yaml"
-    file.write_text(yaml.safe_dump({"base": {"load": str(base)}, "growth": growth}))
+    content = {"base": {"load": str(base)}, "growth": growth, "continue": settings or {}}
+    file.write_text(yaml.safe_dump(content))
     with pytest.raises(GrowthError) as refused:
         entry.train(
             ["--growth-config", str(file), *argv],
@@ -164,6 +175,137 @@ def test_a_run_grown_by_another_configuration_is_not_taken_up(tmp_path: Path, ba
     run = checkpoint(tmp_path / "run")
     (run / "growth_manifest.json").write_text('{"growth": {"depth": {"factor": 3}}}')
     assert "grown by another configuration" in refusal(tmp_path, base, GROWTH, ["--save", str(run)])
+
+
+def test_a_release_is_loaded_where_the_tracker_names_it(tmp_path: Path) -> None:
+    cpu_backend.install()
+    folder = checkpoint(tmp_path / "base")
+    (folder / "iter_0000007").rename(folder / "release")
+    argv = ["--load", str(folder), "--save", str(tmp_path / "run")]
+    config = ExperimentConfig.model_validate({"base": {"iteration": "release"}, "growth": GROWTH})
+    with pytest.raises(CheckpointError, match=r"iter_0000007' does not exist.*release"):
+        start.decide(config, argv)  # the tracker still says 7
+    (folder / "iter_0000007").mkdir()
+    with pytest.raises(CheckpointError, match="names iter_0000007; write 'release' in it"):
+        start.decide(config, argv)
+    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    begin = start.decide(config, argv)
+    assert begin.source == folder / "release"
+    assert "--ckpt-step" not in begin.argv
+
+
+def started(run: Path, **fields: Any) -> Path:
+    """A run that holds a checkpoint, and a manifest with these fields."""
+    checkpoint(run)
+    (run / "growth_manifest.json").write_text(json.dumps({"growth": GROWTH, **fields}))
+    return run
+
+
+RATE = {"learning_rate": {"peak": 2e-3}}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "how many of these an iteration has is not said; give --global-batch-size"),
+        (
+            ["--global-batch-size", "8", "--rampup-batch-size", "2", "2", "100"],
+            "with --rampup-batch-size [2, 2, 100] iterations are of different sizes",
+        ),
+        (
+            ["--step-batch-size-schedule", "0:4 100:8"],
+            "with --step-batch-size-schedule '0:4 100:8' iterations are of different sizes",
+        ),
+    ],
+)
+def test_a_schedule_in_iterations_for_a_run_in_samples_of_unknown_number(
+    argv: list[str], said: str, tmp_path: Path, base: Path
+) -> None:
+    settings = {"learning_rate": {"peak": 2e-3, "warmup_iters": 4}}
+    words = ["--train-samples", "100", *argv]
+    assert said in refusal(tmp_path, base, GROWTH, words, settings)
+
+
+@pytest.mark.parametrize(
+    ("rate", "argv", "words"),
+    [
+        (
+            {"warmup_iters": 4, "decay_iters": 9},
+            ["--train-samples", "100", "--global-batch-size", "8"],
+            "--lr-warmup-samples 32 --lr-decay-samples 72",
+        ),
+        ({"warmup_iters": 4}, ["--train-iters", "20"], "--lr-warmup-iters 4"),
+        ({}, ["--train-samples", "100"], ""),
+    ],
+)
+def test_a_schedule_is_said_as_the_run_counts(
+    rate: dict[str, Any], argv: list[str], words: str, base: Path
+) -> None:
+    cpu_backend.install()
+    settings = {"learning_rate": {"peak": 2e-3, **rate}}
+    config = ExperimentConfig.model_validate({"growth": GROWTH, "continue": settings})
+    begun = " ".join(start.decide(config, ["--load", str(base), *argv]).argv)
+    lengths = re.findall(r"--lr-(?:warmup|decay)-(?:iters|samples) \d+", begun)
+    assert " ".join(lengths) == words
+    assert "--lr 0.002" in begun
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({}, RATE, "continue.learning_rate is {'peak': 0.002, 'warmup_iters': 0,"),
+        (RATE, {}, "continue.learning_rate is 'keep', but the run in"),
+        (
+            RATE,
+            {"learning_rate": {"peak": 2e-3, "warmup_iters": 9}},
+            "was started with {'peak': 0.002, 'warmup_iters': 0,",
+        ),
+        ({"iteration": "reset"}, {}, "continue.iteration is 'keep', but the run in"),
+        ({}, {"data": {"offset": 5}}, "continue.data is {'offset': 5}, but the run in"),
+    ],
+)
+def test_a_restart_with_another_continue_section(
+    before: dict[str, Any], after: dict[str, Any], said: str, tmp_path: Path, base: Path
+) -> None:
+    run = started(tmp_path / "run", **{"continue": before})
+    message = refusal(tmp_path, base, GROWTH, ["--save", str(run)], after)
+    assert said in message
+    assert message.endswith("put it back, or give --save a new directory to grow anew")
+
+
+@pytest.mark.parametrize("fields", [{}, {"continue": {}}, {"continue": {"data": "keep"}}])
+def test_a_restart_as_it_was_started_resumes(
+    fields: dict[str, Any], tmp_path: Path, base: Path
+) -> None:
+    """Also where the manifest is older than the field, or than a part of it."""
+    cpu_backend.install()
+    run = started(tmp_path / "run", **fields)
+    config = ExperimentConfig.model_validate({"growth": GROWTH})
+    begin = start.decide(config, ["--load", str(base), "--save", str(run)])
+    assert begin.source is None
+    assert "resuming it as it is" in begin.message
+
+
+def test_another_schedule_than_the_runs_is_one_line() -> None:
+    cpu_backend.install()
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    def schedule(rate: float, steps: int) -> OptimizerParamScheduler:
+        group = {"lr": 0.0, "params": [], "max_lr": rate}
+        return OptimizerParamScheduler(
+            SimpleNamespace(param_groups=[group]), 0.0, rate, 0.0, 0, steps, "constant", 0.0, 0.0,
+            steps, "constant", use_checkpoint_opt_param_scheduler=False,
+        )  # fmt: skip
+
+    def message(rate: float, steps: int) -> str:
+        with pytest.raises(AssertionError) as failed:
+            schedule(rate, steps).load_state_dict(schedule(1e-3, 100).state_dict())
+        return str(entry._cause(failed.value))
+
+    assert message(5e-4, 100).startswith("the run's learning rate is 0.001 but now 0.0005; give ")
+    assert "number of iterations, in samples, is 100 but now 200; give " in message(1e-3, 200)
+    assert "\n" not in message(1e-3, 200)
+    assert entry._cause(AssertionError("of something else")) is None
 
 
 def test_a_tensor_that_the_checkpoint_lacks_is_named_on_one_line(base: Path) -> None:

@@ -6,6 +6,7 @@ AdamW takes the same steps: the grown run follows the un-grown one, fifty steps 
 error of fp32. Moments copied or dropped leave it at once.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "kept": ({}, []),
     "rate by argument": ({}, ["--lr", "5e-4", "--lr-decay-style", "constant"]),
     "rate warmed up anew": (NEW_RATE, []),
+    "rate warmed up anew, in samples": (
+        NEW_RATE,
+        ["--train-samples", str((BASE_STEPS + 5) * SAMPLES_A_STEP)],
+    ),
     "all anew": ({**NEW_RATE, "iteration": "reset", "data": "reset"}, []),
     "iteration anew": ({"iteration": "reset"}, []),
     "data from 200": ({"data": {"offset": 200}}, []),
@@ -134,6 +139,7 @@ def runs(folder: Path) -> dict[str, Result]:
         jobs.append(Job(rule, ["--growth-config", file, *continuing(STEPS, f"{PP2} {EP2}")]))
     jobs += _format_jobs(folder)
     jobs += _settings_jobs(folder, base)
+    jobs += _restarted_jobs(folder, base)
     default = changed(RUN, dist_ckpt_optim_fully_reshardable=None)
     jobs.append(_base("default format", default, EP2, folder / "default format"))
     return run_jobs(4, jobs, timeout=1200, directory=folder / "driver")
@@ -166,6 +172,8 @@ def _settings_jobs(folder: Path, base: Path) -> list[Job]:
         argv = ["--growth-config", file, *continuing(5, EP2), *arguments]
         if settings.get("iteration") == "reset":
             argv = changed(argv, train_iters="5")
+        if "--train-samples" in arguments:
+            argv = changed(argv, train_iters=None)
         jobs.append(
             Job(
                 name,
@@ -175,6 +183,14 @@ def _settings_jobs(folder: Path, base: Path) -> list[Job]:
             )
         )
     return jobs
+
+
+def _restarted_jobs(folder: Path, base: Path) -> list[Job]:
+    """Grown with a schedule of its own, stopped in the warm-up, and started again."""
+    growth = {"width": EXACT_WIDTH, "optimizer": "rescale"}
+    file = config_file(folder / "restarted.yaml", base, growth, NEW_RATE)
+    argv = ["--growth-config", file, *continuing(5, EP2), "--save", str(folder / "restarted")]
+    return [Job("stopped", [*argv, "--exit-interval", "12"]), Job("started again", argv)]
 
 
 def _distance(run: Result, other: Result) -> float:
@@ -217,6 +233,33 @@ def test_the_learning_rate_takes_effect(runs: dict[str, Result]) -> None:
     assert rates["rate by argument"] == [5e-4] * 5
     assert rates["rate warmed up anew"] == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3])
     assert rates["all anew"] == rates["rate warmed up anew"]
+    assert rates["rate warmed up anew, in samples"] == rates["rate warmed up anew"]
+    assert runs["rate warmed up anew, in samples"].iterations == [11, 12, 13, 14, 15]
+
+
+@pytest.mark.slow
+def test_a_run_that_resumes_goes_on_with_the_schedule_that_it_was_started_with(
+    runs: dict[str, Result], folder: Path
+) -> None:
+    assert runs["stopped"].learning_rates == pytest.approx([5e-4, 1e-3])
+    assert runs["started again"].iterations == [13, 14, 15]
+    assert runs["started again"].learning_rates == pytest.approx([1.5e-3, 2e-3, 2e-3])
+    written = json.loads((folder / "restarted" / "growth_manifest.json").read_text())
+    assert written["continue"]["learning_rate"]["peak"] == 2e-3
+
+
+@pytest.mark.slow
+def test_a_restart_of_another_length_is_refused_on_one_line(
+    runs: dict[str, Result], folder: Path
+) -> None:
+    assert runs["started again"].iterations
+    argv = ["--growth-config", str(folder / "restarted.yaml"), *continuing(20, EP2)]
+    refused = _torchrun(2, "megatron_growth.pretrain", [*argv, "--save", str(folder / "restarted")])
+    assert refused.returncode != 0
+    (line,) = [
+        line for line in refused.stderr.splitlines() if line.startswith("megatron_growth: error")
+    ]
+    assert "the run's total number of iterations, in samples, is 60 but now 120; give" in line
 
 
 @pytest.mark.slow

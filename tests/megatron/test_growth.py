@@ -25,6 +25,8 @@ DEPTH: dict[str, Any] = {"method": "interposition", "factor": 2}
 WIDTH: dict[str, Any] = {"factor": 2, "order": "interleave"}
 EXACT_WIDTH: dict[str, Any] = {**WIDTH, "noise": {"experts": 0, "router": 0}}
 
+PARKED: dict[str, Any] = {**WIDTH, "top_k": "keep", "clones": "parked"}
+
 # What a run that loads must give itself: layout, batch and data; the rest is the base's.
 RUN = [
     "--micro-batch-size",
@@ -89,10 +91,18 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"},
     ),
     "mixed PP2 EP2": ("mixed", f"{PP2} {EP2}", {"depth": DEPTH, "width": WIDTH}),
+    "mixed PP2 EP2, parked": (
+        "mixed",
+        f"{PP2} {EP2}",
+        {"depth": DEPTH, "width": PARKED, "optimizer": "rescale"},
+    ),
 }
 # Growth that keeps the function: name -> growth.
 EXACT = {
     "width, no noise": {"width": EXACT_WIDTH},
+    "clones parked, much noise": {
+        "width": {**PARKED, "noise": {"experts": 0.5, "router": 0.5}},
+    },
     "depth, zero output": {"depth": {**DEPTH, "new_layer_init": "zero_output"}},
     "both, exact": {"depth": {**DEPTH, "new_layer_init": "zero_output"}, "width": EXACT_WIDTH},
 }
@@ -120,6 +130,7 @@ def options(base: Path, growth: dict[str, Any], *, stacked: bool) -> dict[str, A
         "factor": width["factor"] if width else 1,
         "order": width["order"] if width else "interleave",
         "alpha": noise["experts"],
+        "parked": (width or {}).get("clones") == "parked",
         "zero_output": depth.get("new_layer_init") == "zero_output",
         "optimizer": growth.get("optimizer", "reset"),
         "stacked": stacked,
@@ -239,7 +250,7 @@ def test_layouts_train_alike(runs: dict[str, Result]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
-def test_growth_without_noise_keeps_the_logits_of_real_text(
+def test_exact_growth_keeps_the_logits_of_real_text(
     name: str, runs: dict[str, Result], folder: Path
 ) -> None:
     assert runs[name].iterations
@@ -295,7 +306,10 @@ def test_a_manifest_gives_its_plan_again(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, exact", [("both, exact", True), ("PP2 EP2", False)])
+@pytest.mark.parametrize(
+    "name, exact",
+    [("both, exact", True), ("clones parked, much noise", True), ("PP2 EP2", False)],
+)
 def test_verify_runs_both_models_on_the_same_text(
     name: str,
     exact: bool,

@@ -21,6 +21,7 @@ from torch import distributed as dist
 from megatron_growth.errors import PlanError
 from megatron_growth.planning import rules
 from megatron_growth.planning.experts import ExpertMap
+from megatron_growth.planning.plan import PARKING_DISTANCE
 from megatron_growth.training import cpu_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:megatron")
@@ -121,6 +122,20 @@ KEPT_AT_TOP_1 = {
     "expert bias": BIAS,
     "groups": {**SIGMOID, **_groups(4, 1)},
     "sinkhorn": SINKHORN,
+}
+
+
+# k, options: with clones parked at a kept top-k.
+PARKED: dict[str, tuple[int, dict[str, Any]]] = {
+    "top-1": (1, BIAS),
+    "top-4": (4, BIAS),
+    "every expert": (12, BIAS),
+    "groups": (4, {**BIAS, **_groups(4, 2)}),
+    "groups, k not divisible by g": (5, {**BIAS, **_groups(4, 3)}),
+    "groups, all of them": (5, {**BIAS, **_groups(4, 4)}),
+    "scaling factor": (3, {**BIAS, **_scaled(2.5)}),
+    "no other balancing": (3, {**BIAS, **_aux("none", 0.0)}),
+    "capacity": (3, {**BIAS, **_capacity("probs")}),
 }
 
 
@@ -255,7 +270,9 @@ def grow(
     *,
     mode: str = "scale",
     arguments: dict[str, int] | None = None,
-    park: float = 0.0,
+    parked: bool = False,
+    noise: float = 0.0,
+    lift: float = 0.0,
     training: bool = True,
     logits: torch.Tensor | None = None,
 ) -> Comparison:
@@ -264,21 +281,26 @@ def grow(
     Args:
         arguments: that the grown model has instead of the base's, and `order` as it is; None for
             the rules'.
-        park: lower the balancing bias of clones by this.
+        parked: place the balancing bias of clones as growth does.
+        noise: on the logits of clones.
+        lift: added to the logits of clones.
     """
     if arguments is None:
-        made = growth(top_k, options, m, order, mode)
+        made = growth(top_k, options, m, order, mode, parked)
         order, arguments = made.order, dict(made.arguments)
     experts, changed = ExpertMap(E, m, order), {**options, **arguments}  # type: ignore[arg-type]
     sources = [experts.source(e) for e in range(experts.num_target)]
     logits = random(T, E) * 2 if logits is None else logits
     cotangent, balance = random(T, E, seed=1), random(E, seed=2) * 0.3
-    cloned = balance[sources]
-    cloned[[experts.clone_index(e) > 0 for e in range(experts.num_target)]] -= park
+    cloned, is_clone = balance[sources], [experts.clone_index(e) > 0 for e in range(m * E)]
+    if parked:
+        cloned[is_clone] -= float(balance.max() - balance.min()) + PARKING_DISTANCE
+    grown_logits = logits[:, sources]
+    grown_logits[:, is_clone] += lift + noise * random(T, (m - 1) * E, seed=3)
     base = route(logits, top_k, options, cotangent=cotangent, balance=balance, training=training)
     grown_k = top_k * m if mode == "scale" else top_k
     grown = route(
-        logits[:, sources],
+        grown_logits,
         grown_k,
         changed,
         cotangent=cotangent[:, sources],
@@ -289,11 +311,16 @@ def grow(
 
 
 def growth(
-    top_k: int, options: dict[str, Any], m: int, order: str, mode: str = "scale"
+    top_k: int,
+    options: dict[str, Any],
+    m: int,
+    order: str,
+    mode: str = "scale",
+    parked: bool = False,
 ) -> rules.RouterGrowth:
     router = rules.read_router(Namespace(num_experts=E, moe_router_topk=top_k, **options))
     assert router is not None
-    return rules.apply(router, m, order=order, top_k=mode)  # type: ignore[arg-type]
+    return rules.apply(router, m, order=order, top_k=mode, parked=parked)  # type: ignore[arg-type]
 
 
 def assert_kept(compared: Comparison) -> None:
@@ -519,18 +546,122 @@ def test_more_than_top_1_kept_takes_clones_of_fewer_experts(
     )
 
 
+# -- top-k kept, clones parked
+# ---------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("order", ["interleave", "append"])
 @pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("row", PARKED)
+def test_parked_clones_keep_the_function_at_any_noise(row: str, m: int, order: str) -> None:
+    """To the bit: originals have the base's weights and gradients, clones have none of either."""
+    top_k, options = PARKED[row]
+    compared = grow(top_k, options, m, order, mode="keep", parked=True, noise=3.0)
+    base, grown, experts = compared.base, compared.grown, compared.experts
+    originals = [experts.targets(expert)[0] for expert in range(E)]
+    clones = sorted(set(range(m * E)) - set(originals))
+    assert base.map.any()
+    assert base.gradient.abs().max() > 1e-4
+    assert torch.equal(grown.weights[:, originals], base.weights)
+    assert torch.equal(grown.map[:, originals], base.map)
+    torch.testing.assert_close(grown.gradient[:, originals], base.gradient)
+    for values in (grown.weights, grown.map, grown.gradient):
+        assert not values[:, clones].any()
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_parking_nearer_than_scores_differ_would_not_hold(m: int) -> None:
+    logits = random(T, E) * 8  # scores of nearly 0 and nearly 1
+    far = grow(4, BIAS, m, "interleave", mode="keep", parked=True, logits=logits)
+    assert far.difference == 0
+    near = grow(4, BIAS, m, "interleave", mode="keep", logits=logits)
+    assert near.difference > 0.05
+
+
+def test_scores_that_are_as_far_apart_as_can_be_do_not_bring_a_clone_in() -> None:
+    logits = torch.full((T, E), -200.0, device=DEVICE)  # sigmoid is 0 in fp32, and 1 for clones
+    compared = grow(4, BIAS, 2, "interleave", mode="keep", parked=True, logits=logits, lift=400.0)
+    assert float(compared.grown.weights[:, 1::2].abs().max()) == 0
+    assert not compared.grown.map[:, 1::2].any()
+    assert compared.grown.map.any()
+
+
+@pytest.mark.parametrize("order", ["interleave", "append"])
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_parked_clones_leave_originals_their_capacity(policy: str, m: int, order: str) -> None:
+    options = {**BIAS, **_capacity(policy)}
+    dropped = grow(3, options, m, order, mode="keep", parked=True, arguments={})
+    assert dropped.difference > 0.05
+    compared = grow(3, options, m, order, mode="keep", parked=True, noise=1.0)
+    assert compared.difference == 0
+    assert compared.base.map.sum() < 3 * T  # some were dropped
+
+
+def test_losses_see_parked_clones_and_the_rules_say_so() -> None:
+    options = {**BIAS, **_aux("seq_aux_loss"), "moe_z_loss_coeff": 0.1}
+    compared = grow(4, options, 2, "interleave", mode="keep", parked=True)
+    assert compared.difference == 0
+    assert len(compared.base.losses) == 2
+    for name, value in compared.base.losses.items():
+        assert abs(compared.grown.losses[name] / value - 1) > 1e-3, name
+    assert compared.grown.gradient[:, 1::2].abs().max() > 1e-5  # of clones
+    said = {note.argument for note in growth(4, options, 2, "auto", "keep", True).notes}
+    assert said >= {"moe_aux_loss_coeff", "moe_z_loss_coeff"}
+
+
 @pytest.mark.parametrize("groups", [{}, _groups(4, 2)], ids=["no groups", "groups"])
-def test_parked_clones_keep_the_function_at_a_kept_top_k(
-    groups: dict[str, Any], m: int, order: str
+def test_clones_come_into_use_when_the_rules_say(groups: dict[str, Any]) -> None:
+    """Megatron's balancing, step by step on the same tokens, at a rate that makes it short."""
+    from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
+
+    rate, options = 0.02, {**BIAS, **groups, "moe_router_bias_update_rate": 0.02}
+    note = growth(4, options, 2, "auto", "keep", True).notes[-1]
+    assert "after some 25 steps, most by 50 " in note.text
+    logits = (random(T, E) * 2).repeat_interleave(2, 1)
+    logits[:, 1::2] += 0.02 * random(T, E, seed=3)
+    router = make_router(2 * E, 4, options).train()
+    router.expert_bias[1::2] -= PARKING_DISTANCE
+    used = []
+    for _ in range(60):
+        routing_map = router.routing(logits.view(SEQUENCE, BATCH, -1))[1]
+        used.append(int((routing_map.sum(0)[1::2] > 0).sum()))
+        tokens = routing_map.sum(0).float()
+        router.expert_bias.copy_(
+            get_updated_expert_bias(tokens, router.expert_bias, rate, dist.group.WORLD)
+        )
+    first = next(step for step, clones in enumerate(used) if clones)
+    assert 25 <= first < 50
+    assert used[52] > E / 2
+
+
+@pytest.mark.parametrize(
+    ("top_k", "options", "order", "words"),
+    [
+        (4, SIGMOID, "auto", "without moe_router_enable_expert_bias"),
+        (4, {**BIAS, **SQRTSOFTPLUS}, "auto", "scores without an upper bound"),
+        (4, {**BIAS, **SINKHORN}, "auto", "with moe_router_load_balancing_type 'sinkhorn'"),
+        (1, {**BIAS, **_groups(4, 2)}, "append", "scored by their best 1 // 2 = 0 experts"),
+    ],
+)
+def test_what_cannot_be_parked_is_refused(
+    top_k: int, options: dict[str, Any], order: str, words: str
 ) -> None:
-    compared = grow(4, {**BIAS, **groups}, m, order, mode="keep", park=5.0)
-    assert compared.difference < 1e-6
-    assert torch.equal(compared.fold(compared.grown.map) > 0, compared.base.map)
-    assert any(
-        "parked" in note.text for note in growth(4, {**BIAS, **groups}, m, order, "keep").notes
+    with pytest.raises(PlanError, match=words):
+        growth(top_k, options, 2, order, "keep", True)
+
+
+def test_scores_without_a_bound_would_bring_parked_clones_in() -> None:
+    logits = random(T, E) * 20
+    options = {**BIAS, **SQRTSOFTPLUS}
+    compared = grow(
+        4, options, 2, "interleave", mode="keep", parked=True, arguments={}, logits=logits
     )
+    assert compared.difference > 0.05
+
+
+# -- top-k kept, and what else it changes
+# ----------------------------------------------------------------------
 
 
 def test_a_kept_top_k_and_the_base_s_capacity_drop_tokens() -> None:

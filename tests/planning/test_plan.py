@@ -21,7 +21,9 @@ from megatron_growth.planning.plan import (
     GrowthPlan,
     Noise,
     NoiseScale,
+    Park,
     Stream,
+    Transform,
     Zero,
 )
 
@@ -263,6 +265,36 @@ def test_moments_of_experts_and_router_rows_are_divided_as_their_gradient_is_spl
     assert piece.transform == Copy()
 
 
+@pytest.mark.parametrize("order", ["interleave", "append"])
+def test_parked_clones_get_a_bias_below_the_layers_range_and_no_momentum(order) -> None:
+    plan = replace(make_plan(factor=2), parked=True, experts=ExpertMap(2, 2, order))
+    clones = [plan.experts.clone_index(expert) > 0 for expert in range(4)]
+
+    def transforms(state: str, name: str, *tail: int) -> list[Transform]:
+        shape = (6, 4, *tail)
+        pieces = plan.resolve(f"{state}decoder.layers.{name}", shape, _whole(shape))
+        return [piece.transform for piece in pieces]
+
+    parks = transforms("", "mlp.router.expert_bias")
+    assert parks[8:12] == [Park(Box((1, 0), (1, 2))) if clone else Copy() for clone in clones]
+    stopped = [Zero() if clone else Copy() for clone in clones] * 6
+    assert transforms("optimizer.state.exp_avg.", FC1, 6, 4) == stopped
+    assert transforms("optimizer.state.exp_avg.", ROUTER, 4) == stopped
+    assert transforms("optimizer.state.exp_avg_sq.", FC1, 6, 4) == [Copy()] * 24
+    assert [type(made) for made in transforms("", FC1, 6, 4)][:4] == [
+        Noise if clone else Copy for clone in clones
+    ]
+    copied = replace(plan, optimizer="copy")
+    (piece, *_) = copied.resolve(
+        f"optimizer.state.exp_avg.decoder.layers.{ROUTER}", (6, 4, 4), Box((0, 3, 0), (1, 1, 4))
+    )
+    assert piece.transform == Copy()
+    (mtp,) = plan.resolve(
+        "mtp.layers.0.transformer_layer.mlp.router.expert_bias", (4,), Box((3,), (1,))
+    )
+    assert mtp.transform == Park(Box((0,), (2,)))
+
+
 def test_depth_copies_keep_their_moments_even_where_their_output_starts_at_zero() -> None:
     plan = make_plan(factor=1, zero_output=True)
     key = "optimizer.state.exp_avg.decoder.layers.self_attention.linear_proj.weight"
@@ -471,6 +503,7 @@ def test_the_fingerprint_changes_with_every_field() -> None:
         "masters": ["param", "fp32_param"],
         "seed": [1235],
         "arguments": [(("moe_router_num_groups", 8),), (("moe_router_num_groups", 9),)],
+        "parked": [True],
     }
     assert [set(change) for change in architecture] == [{f.name} for f in fields(Architecture)]
     assert set(changes) == {f.name for f in fields(GrowthPlan)}

@@ -16,6 +16,8 @@ from megatron_growth.planning.rules import Router, apply, read_router
 
 SOFTMAX = Router(num_experts=8, top_k=2)
 SIGMOID = replace(SOFTMAX, score_function="sigmoid")
+BIASED = replace(SIGMOID, expert_bias=True)
+PARKED = {"top_k": "keep", "parked": True}
 GROUPED = replace(SIGMOID, top_k=3, num_groups=4, group_topk=2)
 
 
@@ -33,6 +35,8 @@ def test_a_router_is_read_from_megatrons_arguments() -> None:
         moe_router_topk_scaling_factor=2.5,
         moe_z_loss_coeff=1e-3,
         moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"],
+        moe_aux_loss_coeff=[0.0, 1e-4],
+        moe_router_bias_update_rate=2e-3,
         moe_router_enable_expert_bias=True,
         moe_apply_probs_on_input=False,
         moe_expert_capacity_factor=None,
@@ -41,7 +45,7 @@ def test_a_router_is_read_from_megatrons_arguments() -> None:
     )
     assert read_router(args) == replace(
         GROUPED, scaling_factor=2.5, z_loss_coeff=1e-3, balancing=("aux_loss", "seq_aux_loss"),
-        expert_bias=True, half_precision=True,
+        aux_loss=True, expert_bias=True, bias_update_rate=2e-3, half_precision=True,
     )  # fmt: skip
     args.moe_router_dtype = "fp32"
     assert not read_router(args).half_precision
@@ -76,6 +80,22 @@ def test_groups_are_rewritten_when_appended_and_only_then() -> None:
     assert apply(replace(GROUPED, balancing=("sinkhorn",)), 2).order == "interleave"
 
 
+def test_a_kept_top_k_is_told_of_parking_where_that_is_possible() -> None:
+    (note,) = apply(BIASED, 2, top_k="keep").notes
+    assert note.text.endswith("`top_k: scale` keeps it, and so does `clones: parked`")
+    for router in (SOFTMAX, replace(BIASED, score_function="sqrtsoftplus")):
+        (note,) = apply(router, 2, top_k="keep").notes
+        assert note.text.endswith("the loss will jump; `top_k: scale` keeps it")
+
+
+def test_parking_says_when_clones_come_into_use() -> None:
+    (note,) = apply(replace(BIASED, bias_update_rate=5e-3), 2, **PARKED).notes
+    assert "moe_router_bias_update_rate 0.005, so the first" in note.text
+    assert "after some 100 steps, most by 200 " in note.text
+    capacity = apply(replace(BIASED, capacity_factor=1.5), 3, **PARKED)
+    assert capacity.arguments == (("moe_expert_capacity_factor", 4.5),)
+
+
 def test_a_scaling_factor_is_multiplied_where_one_clone_of_softmax_is_taken() -> None:
     router = replace(SOFTMAX, top_k=1, pre_softmax=True)
     growth = apply(replace(router, scaling_factor=2.5), 2, top_k="keep")
@@ -102,10 +122,25 @@ def test_a_scaling_factor_is_multiplied_where_one_clone_of_softmax_is_taken() ->
         (
             replace(SIGMOID, expert_bias=True, capacity_factor=1.0),
             {"top_k": "keep"},
+            [("warning", "moe_router_topk"), ("warning", "moe_expert_capacity_factor")],
+        ),
+        (
+            replace(BIASED, capacity_factor=1.0, half_precision=True),
+            PARKED,
             [
-                ("warning", "moe_router_topk"),
-                ("warning", "moe_router_enable_expert_bias"),
-                ("warning", "moe_expert_capacity_factor"),
+                ("warning", "moe_router_dtype"),
+                ("note", "moe_expert_capacity_factor"),
+                ("note", "moe_router_bias_update_rate"),
+            ],
+        ),
+            (
+            replace(BIASED, aux_loss=True, bias_update_rate=0.0, z_loss_coeff=1e-3),
+            {**PARKED, "order": "append"},
+            [
+                ("warning", "moe_z_loss_coeff"),
+                ("warning", "moe_aux_loss_coeff"),
+                ("warning", "num_experts"),
+                ("warning", "moe_router_bias_update_rate"),
             ],
         ),
         (
@@ -147,6 +182,31 @@ def test_what_is_said(router: Router, how: dict, said: list[tuple[str, str]]) ->
             "order 'interleave' changes the groups that a token uses: each is scored by its best "
             "2 * 3 // 2 = 3 experts, which are not 2 clones of the best 3 // 2 = 1; use `order: "
             "auto`",
+        ),
+        (
+            SIGMOID,
+            PARKED,
+            "clones 'parked' need the router to select by expert_bias, which this one, without "
+            "moe_router_enable_expert_bias, does not; use `clones: active` with `top_k: scale`",
+        ),
+        (
+            replace(BIASED, balancing=("quantile_balancing",)),
+            PARKED,
+            "clones 'parked' need the router to select by expert_bias, which this one, with "
+            "moe_router_load_balancing_type 'quantile_balancing', does not; use `clones: active` "
+            "with `top_k: scale`",
+        ),
+        (
+            replace(BIASED, score_function="sqrtsoftplus"),
+            PARKED,
+            "moe_router_score_function 'sqrtsoftplus' has scores without an upper bound, so no "
+            "expert_bias parks a clone for every token; use `clones: active` with `top_k: scale`",
+        ),
+        (
+            replace(BIASED, top_k=1, num_groups=4, group_topk=2),
+            {**PARKED, "order": "append"},
+            "order 'append' with parked clones makes 2 times as many groups, and groups are scored "
+            "by their best 1 // 2 = 0 experts, so any may be used; use `order: interleave`",
         ),
         (
             replace(SOFTMAX, score_function="entmax"),
@@ -195,7 +255,17 @@ def test_the_plan_takes_order_and_arguments_from_the_rules() -> None:
 
 
 def test_a_plan_without_rewrites_is_written_as_ever() -> None:
-    assert "arguments" not in json.loads(_plan({"width": {}}, SOFTMAX).to_json())
+    written = json.loads(_plan({"width": {}}, SOFTMAX).to_json())
+    assert not {"arguments", "parked"} & written.keys()
+
+
+def test_a_plan_parks_clones() -> None:
+    parked = {"width": {"top_k": "keep", "clones": "parked"}}
+    plan = _plan(parked, replace(BIASED, top_k=3))
+    assert (plan.parked, plan.target.top_k, plan.target.num_experts) == (True, 3, 16)
+    assert GrowthPlan.from_json(plan.to_json()) == plan
+    with pytest.raises(PlanError, match="holds no Megatron arguments that say so; use `clones: a"):
+        _plan(parked, None)
 
 
 @pytest.mark.parametrize("growth", [{"depth": {}}, {"width": {"order": "interleave"}}])

@@ -6,6 +6,9 @@
     zero       with zero_output, what depth copies add to the residual stream
     moment     with rescale, of whatever has an expert axis, originals and clones alike:
                exp_avg / m, exp_avg_sq / m^2
+    parked     with parked clones: their expert_bias is the source's, less the distance from the
+               layer's lowest to its highest, less 2; their exp_avg is 0 with rescale, and every
+               other moment the source's
 
 sigma is taken over one projection of one source expert, or over a layer's router matrix.
 """
@@ -27,6 +30,8 @@ Place = tuple[int, ...]  # indices on a stored tensor's leading axes
 _EXPERT_AXIS = ("mlp.experts.experts.", "mlp.router.")
 _EXPERT_NOISE = ("mlp.experts.experts.linear_fc1.weight", "mlp.experts.experts.linear_fc2.weight")
 _ROUTER_NOISE = "mlp.router.weight"
+_SELECTION_BIAS = "mlp.router.expert_bias"
+_PARKED_BEHIND = 2.0  # scores are between 0 and 1
 _RESIDUAL_OUTPUTS = frozenset(
     f"{module}.{parameter}"
     for parameter in ("weight", "bias")
@@ -85,8 +90,12 @@ class Source:
     def sigma_part(self, state: str | None) -> Part:
         """Where the base holds the values over which sigma is taken."""
         if self.tensor.name == _ROUTER_NOISE:
-            return _part(self.tensor.of(state), self.layer, None, self.is_stacked)
+            return self.layer_part(state)
         return self.part(state)
+
+    def layer_part(self, state: str | None) -> Part:
+        """Where the base holds all experts of the layer."""
+        return _part(self.tensor.of(state), self.layer, None, self.is_stacked)
 
 
 class Definition:
@@ -172,6 +181,22 @@ class Definition:
             return False
         return self._alpha(source) > 0 and not self._is_zero(source, target)
 
+    def is_parked(self, source: Source, target: Target) -> bool:
+        """Whether the target is the selection bias of a clone that takes no token yet."""
+        return self._is_waiting(target) and source.tensor.name == _SELECTION_BIAS
+
+    def parked(self, bias: torch.Tensor, layer: torch.Tensor) -> torch.Tensor:
+        """The selection bias of a parked clone.
+
+        Args:
+            bias: the source expert's.
+            layer: those of all source experts of the layer.
+        """
+        biases = sorted(layer.flatten().tolist())
+        distance = biases[-1] - biases[0]
+        values = [value - distance - _PARKED_BEHIND for value in bias.flatten().tolist()]
+        return torch.tensor(values, dtype=torch.float64).to(bias.dtype).view(bias.shape)
+
     def weight(
         self, source: Source, target: Target, exact: torch.Tensor, sigma: float, dtype: torch.dtype
     ) -> torch.Tensor:
@@ -193,8 +218,12 @@ class Definition:
         stream = Stream(self._plan.seed, name, target.layer, expert)
         return noisy(exact, stream_key(stream), self._alpha(source) * sigma, dtype)
 
-    def moment(self, source: Source, state: str, value: torch.Tensor) -> torch.Tensor:
-        """The moment of every target of a source part."""
+    def moment(
+        self, source: Source, target: Target, state: str, value: torch.Tensor
+    ) -> torch.Tensor:
+        """The moment of one target of a source part."""
+        if self._is_still(target, state):
+            return torch.zeros_like(value)
         clones = self._clones(source)
         if clones == 1:
             return value
@@ -207,10 +236,14 @@ class Definition:
         whose = " ".join(["the base's", *filter(None, (layer, expert))])
         if is_moment(state):
             assert state is not None
+            if self._is_still(target, state):
+                return "zero, as the momentum of a parked clone is"
             clones = self._clones(source)
             return f"{whose}" if clones == 1 else f"{whose} / {clones ** _MOMENTS[state]}"
         if self._is_zero(source, target):
             return "zero"
+        if self.is_parked(source, target):
+            return f"{whose}, below every original of its layer by what parks a clone"
         if self.is_noisy(source, target):
             return f"{whose} with noise of scale {self._alpha(source)} and seed {self._plan.seed}"
         return whose
@@ -218,9 +251,18 @@ class Definition:
     def _clones(self, source: Source) -> int:
         """Over how many target experts a source's gradient is split, as far as moments are
         rescaled."""
-        if self._plan.optimizer == "copy" or source.expert is None:
+        if self._plan.optimizer == "copy" or self._plan.parked or source.expert is None:
             return 1
         return len(self._experts(source.expert))
+
+    def _is_waiting(self, target: Target) -> bool:
+        """Whether the target belongs to a clone that takes no token yet."""
+        if not self._plan.parked or target.expert is None:
+            return False
+        return self._plan.experts.clone_index(target.expert) != 0
+
+    def _is_still(self, target: Target, state: str) -> bool:
+        return self._plan.optimizer == "rescale" and state == "exp_avg" and self._is_waiting(target)
 
     def _alpha(self, source: Source) -> float:
         if source.tensor.name in _EXPERT_NOISE:

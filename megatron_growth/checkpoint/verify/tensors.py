@@ -135,12 +135,17 @@ class TensorCheck:
         if self._definition.is_noisy(source, target):
             origin = self._masters if state is None and self._masters in exact else state
             sigma = self._sigma(source, origin)
+        if self._definition.is_parked(source, target):
+            layer = self._base.read(source.layer_part(state))
+            expected = self._definition.parked(exact[state], layer)
+            return self._compare(source, target, state, expected)
         expected = self._definition.weight(source, target, exact[origin], sigma, exact[state].dtype)
         return self._compare(source, target, state, expected)
 
     def _check_moment(self, source: Source, state: str) -> None:
-        expected = self._definition.moment(source, state, self._base.read(source.part(state)))
+        value = self._base.read(source.part(state))
         for target in self._definition.targets(source):
+            expected = self._definition.moment(source, target, state, value)
             self._compare(source, target, state, expected)
 
     def _check_cast(

@@ -1,0 +1,179 @@
+"""Where a checkpoint is written: a Megatron checkpoint directory that becomes one at the last step.
+
+    SAVE/.growing-iter_0001000/     everything, under a name that no loader looks for
+    SAVE/growth_manifest.json       how it came to be
+    SAVE/iter_0001000/              by rename, once all is on storage
+    SAVE/latest_checkpointed_iteration.txt     last: from now on SAVE is a checkpoint
+
+A crash at any moment leaves either no `iter_*` directory, or a whole one that only lacks its
+tracker; a second start finds out which. A lock on SAVE keeps a second writer out; the operating
+system drops it with the process that holds it, however that ends.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_growth.checkpoint import manifest
+from megatron_growth.checkpoint.durable import sync_directory, write_safely
+from megatron_growth.checkpoint.source import TRACKER
+from megatron_growth.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+_LOCK = ".grow.lock"
+_JOB = "job.json"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+class Site:
+    """A directory that is to become a Megatron checkpoint directory.
+
+    Args:
+        save: the directory; made where missing.
+        name: of the checkpoint in it, `iter_*` or `release`.
+        job: what is written; a growth of another job is not gone on with.
+    """
+
+    def __init__(self, save: Path, name: str, job: Mapping[str, Any]) -> None:
+        self.save = save
+        self.final = save / name
+        self.work = save / f".growing-{name}"
+        self._job = json.loads(json.dumps(job))
+        self._lock: int | None = None
+
+    def check_free(self) -> None:
+        """Refuse a directory that holds a checkpoint.
+
+        Raises:
+            CheckpointError: it does.
+        """
+        if (self.save / TRACKER).exists():
+            raise CheckpointError(
+                f"{str(self.save)!r} already holds a checkpoint ({TRACKER}); give --save a new "
+                "directory"
+            )
+        others = sorted(path.name for path in self.save.glob("iter_*") if path != self.final)
+        if others or (self.final.exists() and not self.is_published):
+            name = others[0] if others else self.final.name
+            raise CheckpointError(
+                f"{str(self.save)!r} already holds {name}; give --save a new directory"
+            )
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the checkpoint of this very job is there, lacking its tracker at most."""
+        written = manifest.read(self.save) or {}
+        return self.final.is_dir() and written.get("written") == self._job
+
+    def open(self, *, resume: bool) -> None:
+        """Take the lock and make the working directory.
+
+        Raises:
+            CheckpointError: somebody else writes there, or an interrupted growth lies there and
+                `resume` is not given, or it is of another job.
+        """
+        self.save.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        self.check_free()
+        if self.is_published:
+            return
+        if self.work.is_dir():
+            self._check_interrupted(resume)
+        self.work.mkdir(exist_ok=True)
+        write_safely(self.work / _JOB, json.dumps(self._job))
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.save / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = None
+            raise CheckpointError(
+                f"another growth is being written to {str(self.save)!r}; wait for it, or give "
+                "--save another directory"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            log.warning("%s has no file locks; see that nobody else writes there", self.save)
+
+    def _check_interrupted(self, resume: bool) -> None:
+        try:
+            before = json.loads((self.work / _JOB).read_text())
+        except (OSError, ValueError):
+            shutil.rmtree(self.work)  # it had hardly begun, or all but ended
+            return
+        if not resume:
+            raise CheckpointError(
+                f"{str(self.work)!r} holds an interrupted growth; go on with --resume, or remove it"
+            )
+        if before != self._job:
+            fields = before.keys() | self._job.keys()
+            changed = sorted(name for name in fields if before.get(name) != self._job.get(name))
+            raise CheckpointError(
+                f"{str(self.work)!r} holds an interrupted growth of another job ({changed[0]} is "
+                "not the same); remove it, or give --save another directory"
+            )
+
+    def check_space(self, nbytes: int) -> None:
+        """Refuse what will not fit.
+
+        Raises:
+            CheckpointError: less than `nbytes` are free.
+        """
+        have = sum(path.stat().st_size for path in self.work.glob("__*") if path.is_file())
+        free = self.free()
+        if nbytes - have > free:
+            raise CheckpointError(
+                f"{str(self.save)!r} has {free:,} bytes free, but the grown checkpoint needs "
+                f"{nbytes - have:,}; free some, give --save another file system, or use --mode link"
+            )
+
+    def free(self) -> int:
+        """Bytes free where it is, or will be."""
+        there = next(path for path in (self.save, *self.save.absolute().parents) if path.exists())
+        return shutil.disk_usage(there).free
+
+    def publish(self, described: Mapping[str, Any]) -> None:
+        """Make a finished working directory the checkpoint.
+
+        Args:
+            described: the manifest.
+        """
+        if not self.final.exists():
+            for leftover in (self.work / _JOB, *self.work.glob("*.index")):
+                leftover.unlink(missing_ok=True)
+            manifest.write(self.save, {**described, "written": self._job})
+            sync_directory(self.work)
+            self.work.rename(self.final)
+            sync_directory(self.save)
+        name = self.final.name
+        word = name if name == "release" else str(int(name.removeprefix("iter_")))
+        write_safely(self.save / TRACKER, word)
+
+    def close(self) -> None:
+        """Drop the lock."""
+        if self._lock is not None:
+            (self.save / _LOCK).unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "Site":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
