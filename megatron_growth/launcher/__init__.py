@@ -1,7 +1,8 @@
 """From one file to runs on a cluster: an experiment is read, its stages are rendered to Megatron's
 command lines, and those to the files that torchrun, SLURM or Kubernetes take.
 
-    experiment.py   the file; stage.py and cluster.py are its sections, json_schema.py is for editors
+    experiment.py   the file; stage.py and cluster.py are its sections
+    json_schema.py  the file's schema, for editors; reference.py, for docs/
     chain.py        what follows from the order of the stages
     budget.py       what it costs and whether it fits
     arguments.py    a stage as Megatron's command line; options.py is how options are written

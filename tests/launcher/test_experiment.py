@@ -12,6 +12,7 @@ from megatron_growth.errors import ConfigError
 from megatron_growth.launcher.chain import chain
 from megatron_growth.launcher.experiment import load_experiment
 from megatron_growth.launcher.json_schema import experiment_schema
+from megatron_growth.launcher.reference import reference
 from tests.launcher.experiments import CONTENT, write
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -161,3 +162,10 @@ def test_the_schema_takes_our_file_and_refuses_a_mistake():
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, schema)
     assert yaml.safe_load("extends: x.yaml").keys() <= schema["properties"].keys()
+
+
+def test_the_reference_in_docs_is_that_of_the_schema():
+    page = (REPOSITORY / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert page == reference() + "\n", "run python -m megatron_growth.launcher.reference"
+    for field in ("virtual", "new_layer_init", "warmup_iters", "requeues", "moe_router_topk"):
+        assert f"| `{field}` |" in page
