@@ -145,6 +145,20 @@ def test_a_mistake_is_one_line_that_names_its_path(tmp_path, setting, says):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("setting", "where"),
+    [
+        ("stages[0].learning_rate.warmup_iters=10", "stages[0].learning_rate"),
+        ("stages[1].continue.learning_rate={peak: 1, warmup_iters: 10}",
+         "stages[1].continue.learning_rate"),
+    ],
+)  # fmt: skip
+def test_a_warmup_as_long_as_its_stage_is_refused(tmp_path, setting, where):
+    with pytest.raises(ConfigError) as refusal:
+        chain(load_experiment(write(tmp_path), [setting]))
+    assert str(refusal.value).startswith(f"{where}.warmup_iters 10: must be below the iterations")
+
+
 def test_growth_that_cannot_be_made_names_its_stage(tmp_path):
     setting = "stages[1].growth={depth: {skip_first: 3, skip_last: 3}}"
     with pytest.raises(ConfigError, match=r"stages\[1\].growth: "):

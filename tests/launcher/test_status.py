@@ -77,6 +77,11 @@ def test_a_job_that_is_gone_without_a_word_has_failed(deep):
     assert "without a word" in deep.status("41").why
 
 
+def test_a_stage_that_was_stopped_waits_to_be_started_again(deep):
+    deep.events("started", "stopped")
+    assert (deep.status().state, deep.status().why[:7]) == ("waiting", "stopped")
+
+
 def test_a_done_stage_is_done(deep):
     deep.events("started", "finished")
     deep.done()

@@ -62,3 +62,23 @@ def test_a_failed_stage_cancels_those_behind_it_and_alerts(slurm, chain, tmp_pat
     wait_for(alerts.exists, 30)
     wait_for(lambda: slurm.state(run.job("grown", "alert")) == "COMPLETED", 30)
     assert alerts.read_text() == f"quickstart base {job}\n"
+
+
+def test_at_the_walltime_training_saves_and_is_queued_again(slurm, chain):
+    """With torchrun's agents this time; a minute of walltime is left to train."""
+    run = chain(**{
+        "cluster.slurm": {"tasks": "torchrun", "minutes": 2, "gpus": False},
+        "cluster.preflight": False,
+        "defaults.save_interval": 100000,
+        "stages[0].budget": {"iterations": 100000},
+    })  # fmt: skip
+    run.launch()
+    job = run.job("base")
+    wait_for(lambda: "requeued" in run.events("base"), 150)
+    saved = run.saved("base")
+    assert saved > 0, "saved, though no interval had passed"
+    assert steps(run.said("base", 0))[-1] == saved
+    wait_for(lambda: steps(run.said("base", 1)) != [], 120)
+    assert steps(run.said("base", 1))[0] == saved + 1
+    assert run.events("base") == ["started", "requeued", "started"]
+    slurm.run("scancel", job)
