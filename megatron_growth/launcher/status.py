@@ -101,7 +101,7 @@ def _state(directory: Path, job: str | None, queue: Mapping[str, str]) -> tuple[
         return "waiting", f"job {job} was cancelled" if job else "not started"
     if events[-1] in _FAILED:
         return "failed", ""
-    if events[-1] in ("stopped", "cancelled"):
+    if events[-1] in ("stopped", "ended"):
         return "waiting", f"{events[-1]} from outside; launch it again to go on"
     if job is not None:  # SLURM has forgotten it, and it said nothing itself
         return "failed", f"job {job} ended without a word: killed, or its node is gone"

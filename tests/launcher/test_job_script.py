@@ -111,7 +111,7 @@ def test_a_restart_that_gets_no_further_fails(job):
 
 def test_a_cancelled_job_is_not_queued_again(job):
     assert job(train=saves(5, code=1), state="COMPLETING") == 1
-    assert job.events() == ["started", "cancelled"]
+    assert job.events() == ["started", "ended"]
     assert not lines(job.log / "requeue")
 
 

@@ -57,17 +57,26 @@ class Chain:
 
     def launch(self) -> None:
         """`megatron-growth launch --target slurm --submit`."""
-        words = ["launch", QUICKSTART, "--target", "slurm", "--submit", "--cluster", self.profile]
+        self._run("launch", "--target", "slurm", "--submit", "--cluster", self.profile)
+
+    def states(self) -> dict[str, dict]:
+        """`megatron-growth status --json`, by stage."""
+        stages = json.loads(self._run("status", "--json"))
+        return {stage["name"]: stage for stage in stages}
+
+    def _run(self, command: str, *words: object) -> str:
+        arguments = [command, QUICKSTART, *words]
         for path, value in self.settings.items():
-            words += ["--set", f"{path}={json.dumps(value)}"]
+            arguments += ["--set", f"{path}={json.dumps(value)}"]
         main = "import sys; from megatron_growth.cli import main; main(sys.argv[1:])"
         done = subprocess.run(
-            [sys.executable, "-c", main, *words],
+            [sys.executable, "-c", main, *map(str, arguments)],
             cwd=self.workdir,
             env=self.slurm.environment | {"PYTHONPATH": str(REPOSITORY)},
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def job(self, stage: str, kind: str = "job") -> str:
         return json.loads((self.directory / "jobs.json").read_text())[stage][kind]

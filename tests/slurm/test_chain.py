@@ -62,6 +62,10 @@ def test_a_failed_stage_cancels_those_behind_it_and_alerts(slurm, chain, tmp_pat
     wait_for(alerts.exists, 30)
     wait_for(lambda: slurm.state(run.job("grown", "alert")) == "COMPLETED", 30)
     assert alerts.read_text() == f"quickstart base {job}\n"
+    states = run.states()
+    assert states["base"]["state"] == "failed"
+    assert "nothing-here" in states["base"]["why"]
+    assert (states["grown"]["state"], states["grown"]["saved"]) == ("waiting", None)
 
 
 def test_at_the_walltime_it_saves_and_is_queued_again_and_when_cancelled_it_is_not(slurm, chain):
