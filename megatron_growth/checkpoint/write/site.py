@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_growth.checkpoint import manifest
-from megatron_growth.checkpoint.durable import sync_directory, write_safely
+from megatron_growth.checkpoint.durable import clear_unfinished, sync_directory, write_safely
 from megatron_growth.checkpoint.source import TRACKER
 from megatron_growth.errors import CheckpointError
 
@@ -83,11 +83,13 @@ class Site:
         self.save.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         self.check_free()
+        clear_unfinished(self.save)
         if self.is_published:
             return
         if self.work.is_dir():
             self._check_interrupted(resume)
         self.work.mkdir(exist_ok=True)
+        clear_unfinished(self.work)
         write_safely(self.work / _JOB, json.dumps(self._job))
 
     def _take_lock(self) -> None:
