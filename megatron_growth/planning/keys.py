@@ -19,7 +19,6 @@ moe/router.py.
 
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 from megatron_growth.errors import CheckpointError
@@ -272,7 +271,6 @@ def is_optimizer_key(text: str) -> bool:
     return _OPTIMIZER.match(text) is not None
 
 
-@lru_cache(maxsize=1 << 16)
 def parse(text: str) -> Key:
     """Read the key of a tensor, or the part of an object's key before `/shard_`.
 
