@@ -7,7 +7,7 @@ Saves BASE again with optimizer state that can be grown, on as many ranks as BAS
 import sys
 from collections.abc import Sequence
 
-from megatron_growth.training import cpu_backend
+from megatron_growth.training import cpu_backend, fused_adam
 from megatron_growth.training.entry import one_line_errors, say
 from megatron_growth.training.reshard import parse, reshard_arguments
 
@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             gpt,
         )  # imports megatron, which the CPU backend must precede
 
-        gpt.run(words)
+        with fused_adam.where_missing():
+            gpt.run(words)
         say(f"{own.save} holds {own.load} with fully reshardable optimizer state")
 
 

@@ -372,7 +372,7 @@ def test_version_and_help(run):
     assert re.fullmatch(r"megatron-growth \d+\.\d+\.\d+\n", run("--version")[1])
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("plan", "inspect", "demo"):
+    for command in ("plan", "grow", "inspect", "verify", "demo"):
         assert re.search(rf"\b{command}\b", out)
 
 

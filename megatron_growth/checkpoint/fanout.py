@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
+from megatron_growth.checkpoint.collector import collector_off
 from megatron_growth.checkpoint.units import (
     Chunk,
     Unit,
@@ -63,17 +64,12 @@ class Destination:
         box = Box(offsets, tuple(item.lengths))
         return cls(item, box, box.numel)
 
-    def write(self, box: Box, values: torch.Tensor | None, planner: LoadPlanner) -> None:
-        """Write `values` (None: zeros) to `box` of the target tensor, and commit the item when it
-        is full."""
+    def write(self, part: Part, values: Values, planner: LoadPlanner) -> None:
+        """Write a part's values, and commit the item when it is full."""
         if self.tensor is None:
             self.tensor = planner.resolve_tensor(self.item).detach()
-        place = narrow(self.tensor, self.box, box)
-        if values is None:
-            place.zero_()
-        else:
-            place.copy_(values.view(place.shape))
-        self.missing -= box.numel
+        values.write(part, narrow(self.tensor, self.box, part.target))
+        self.missing -= part.target.numel
         if self.missing == 0:
             planner.commit_tensor(self.item, self.tensor)
             self.tensor = None
@@ -87,13 +83,15 @@ def read_tensors(view: GrownView, items: Iterable[ReadItem], planner: LoadPlanne
             where noise needs their standard deviation.
     """
     destinations = [d for d in map(Destination.of, items) if d.missing]
-    for batch in _batches(view, group(_demands(view, destinations))):
+    with collector_off():
+        units = group(_demands(view, destinations))
+    for batch in _batches(view, units):
         chunks = _read(view, [chunk for unit in batch for chunk in unit.chunks])
         values = Values(view, chunks)
         for chunk in chunks:
             values.check_master(chunk)
         for destination, part in (item for unit in batch for item in unit.items):
-            destination.write(part.target, values.of(part), planner)
+            destination.write(part, values, planner)
     unfilled = [d.item.dest_index.fqn for d in destinations if d.missing]
     if unfilled:
         raise CheckpointError(

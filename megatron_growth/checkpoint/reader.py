@@ -17,21 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from megatron_growth.checkpoint.collector import collector_off
 from megatron_growth.checkpoint.common_state import grown_common_state
 from megatron_growth.checkpoint.fanout import read_tensors
-from megatron_growth.checkpoint.source import COMMON_OBJECT, SourceCheckpoint
+from megatron_growth.checkpoint.source import COMMON_OBJECT, SourceCheckpoint, read_objects
 from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.config import GrowthConfig
 from megatron_growth.errors import CheckpointError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.keys import KeyForm
 from megatron_growth.planning.plan import GrowthPlan
-from megatron_growth.planning.rules import read_router
+from megatron_growth.planning.router import read_router
 
 
 class GrowthStorageReader(StorageReader):
@@ -49,6 +50,7 @@ class GrowthStorageReader(StorageReader):
         PlanError: it cannot grow that way.
     """
 
+    @collector_off()
     def __init__(
         self,
         checkpoint_dir: str | os.PathLike[str],
@@ -84,12 +86,8 @@ class GrowthStorageReader(StorageReader):
         return Path(checkpoint_id, ".metadata").exists()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Metadata of the grown model; a new copy of the mapping each time, for the planner may
-        replace entries."""
-        grown = self.view.metadata
-        return Metadata(
-            dict(grown.state_dict_metadata), dict(grown.planner_data), {}, grown.storage_meta
-        )
+        """Metadata of the grown model, made anew each time, for the planner may change entries."""
+        return self.view.metadata()
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -131,8 +129,7 @@ class GrowthStorageReader(StorageReader):
             for item in wanted[source]:
                 planner.load_bytes(item, io.BytesIO(content))
 
-        requests = [_object_request(source) for source in wanted]
-        self.source.reader.read_data(LoadPlan(requests), _ObjectPlanner(deliver)).wait()
+        read_objects(self.source.reader, wanted, deliver)
 
     def _common_state(self) -> bytes:
         """The common state of the grown model, as the base's saver wrote it: one in a list."""
@@ -154,26 +151,3 @@ def plan_for(
         target_form=target_form,
         router=read_router(source.args),
     )
-
-
-def _object_request(source: str) -> ReadItem:
-    empty = torch.Size((0,))
-    index = MetadataIndex(source)
-    return ReadItem(LoadItemType.BYTE_IO, index, empty, index, empty, empty)
-
-
-class _ObjectPlanner(LoadPlanner):
-    """Receives the base's objects."""
-
-    def __init__(self, deliver: Callable[[str, bytes], None]) -> None:
-        self._deliver = deliver
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self._deliver(read_item.storage_index.fqn, value.getvalue())
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
-    def create_local_plan(self) -> LoadPlan: ...  # type: ignore[empty-body]
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]: ...  # type: ignore[empty-body]
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan: ...  # type: ignore[empty-body]
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor: ...  # type: ignore[empty-body]
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...

@@ -6,20 +6,28 @@ happens.
 
 import io
 import json
+import math
+import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from numpy.typing import NDArray
+from torch import distributed
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 
 from megatron_growth.checkpoint.collector import collector_off
@@ -47,7 +55,11 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of the base: its key as read, its metadata, and its chunks as boxes."""
+    """A tensor of the base: its key as read, its metadata, and its chunks as boxes.
+
+    A large base has hundreds of thousands of chunks, of which a rank needs a few: boxes are made of
+    those alone, everything else goes by `offsets` and `sizes`.
+    """
 
     key: Key
     metadata: TensorStorageMetadata
@@ -57,8 +69,23 @@ class SourceTensor:
         return tuple(self.metadata.size)
 
     @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """Of each chunk, shape [chunks, axes]."""
+        return self._rows(c.offsets for c in self.metadata.chunks)
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Of each chunk, shape [chunks, axes]."""
+        return self._rows(c.sizes for c in self.metadata.chunks)
+
+    def _rows(self, rows: Iterable[torch.Size]) -> NDArray[np.int64]:
+        shape = len(self.metadata.chunks), len(self.shape)
+        return np.fromiter(chain.from_iterable(rows), np.int64, shape[0] * shape[1]).reshape(shape)
+
+    @cached_property
     def chunks(self) -> tuple[Box, ...]:
-        return tuple(Box(tuple(c.offsets), tuple(c.sizes)) for c in self.metadata.chunks)
+        boxes = zip(self.offsets.tolist(), self.sizes.tolist(), strict=True)
+        return tuple(Box(tuple(offsets), tuple(sizes)) for offsets, sizes in boxes)
 
 
 class SourceCheckpoint:
@@ -230,6 +257,7 @@ def _backend(config: Path) -> str:
         ) from None
 
 
+@collector_off()
 def _read_metadata(directory: Path, reader: StorageReader) -> Metadata:
     try:
         return reader.read_metadata()
@@ -245,14 +273,23 @@ def _one_line(error: BaseException) -> str:
 
 
 def _check_files(directory: Path, metadata: Metadata) -> None:
-    """Every data file must be there and long enough; a save that was cut short shows here."""
+    """Every data file must be there and long enough; a save that was cut short shows here.
+
+    Ranks that open a checkpoint together share the files out: thousands of ranks that each ask
+    after all of thousands of files would keep a file system busy for minutes.
+    """
+    if str(directory).startswith("msc:"):
+        return
     ends: dict[str, int] = defaultdict(int)
     for info in (metadata.storage_data or {}).values():
-        ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
-    for name, end in sorted(ends.items()):
-        path = directory / name
+        end = info.offset + info.length
+        if end > ends[info.relative_path]:
+            ends[info.relative_path] = end
+    rank, ranks = _rank()
+    for name in sorted(ends)[rank::ranks]:
+        path, end = directory / name, ends[name]
         size = path.stat().st_size if path.is_file() else -1
-        if size < end and not str(directory).startswith("msc:"):
+        if size < end:
             state = "is missing" if size < 0 else f"has {size} bytes of {end}"
             raise CheckpointError(
                 f"checkpoint {str(directory)!r} is incomplete: {name} {state}; use another "
@@ -260,14 +297,26 @@ def _check_files(directory: Path, metadata: Metadata) -> None:
             )
 
 
+def _rank() -> tuple[int, int]:
+    """This process among those of its job, and how many they are; torchrun says so before there is
+    a process group."""
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    if distributed.is_torchelastic_launched():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
+
+
 def _check_tiled(text: str, tensor: SourceTensor) -> None:
     """Chunks must cover the tensor: a hole would leave target weights unset, and DCP would not say
     so."""
-    whole = Box((0,) * len(tensor.shape), tensor.shape)
-    covered = sum(chunk.numel for chunk in tensor.chunks)
-    if covered != whole.numel or any(whole.intersect(c) != c for c in tensor.chunks if c.numel):
+    offsets, sizes = tensor.offsets, tensor.sizes
+    elements, whole = sizes.prod(axis=1), math.prod(tensor.shape)
+    covered = int(elements.sum())
+    outside = ((offsets < 0) | (offsets + sizes > tensor.shape)).any(axis=1) & (elements > 0)
+    if covered != whole or outside.any():
         raise CheckpointError(
-            f"the chunks of {text} hold {covered} of its {whole.numel} elements; "
+            f"the chunks of {text} hold {covered} of its {whole} elements; "
             "the checkpoint is damaged: use another iteration"
         )
 
@@ -280,22 +329,56 @@ def load_common_state(
     legacy = directory / COMMON_FILE
     try:
         if COMMON_OBJECT in metadata.state_dict_metadata:
-            loaded: dict[str, Any] = {COMMON_OBJECT: io.BytesIO()}
-            torch.distributed.checkpoint.load(loaded, storage_reader=reader, no_dist=True)
-            state = loaded[COMMON_OBJECT]
+            # Not through DCP's `load`, which would read all of the metadata once more.
+            found: list[Any] = []
+            reader.set_up_storage_reader(metadata, True)
+            read_objects(
+                reader,
+                [COMMON_OBJECT],
+                lambda _, content: found.append(
+                    torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
+                ),
+            )
+            (state,) = found
             return dict(state[0] if isinstance(state, list | tuple) else state)
         if legacy.is_file():
             return dict(torch.load(legacy, map_location="cpu", weights_only=False))
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # as above; torch's own is a BaseException of many lines
-        cause = next((e for e, _ in getattr(error, "failures", {}).values()), error)
+    except Exception as error:  # as above
         raise CheckpointError(
             f"the common state of checkpoint {str(directory)!r} cannot be read "
-            f"({_one_line(cause)}); it is damaged: use another iteration"
+            f"({_one_line(error)}); it is damaged: use another iteration"
         ) from None
     return None
+
+
+def read_objects(
+    reader: StorageReader, keys: Iterable[str], deliver: Callable[[str, bytes], None]
+) -> None:
+    """Read pickled objects by their keys through `reader`, which is set up, and deliver each one's
+    bytes."""
+    empty = torch.Size((0,))
+    requests = [
+        ReadItem(LoadItemType.BYTE_IO, index, empty, index, empty, empty)
+        for index in map(MetadataIndex, keys)
+    ]
+    reader.read_data(LoadPlan(requests), _ObjectPlanner(deliver)).wait()
+
+
+class _ObjectPlanner(LoadPlanner):
+    """Receives objects."""
+
+    def __init__(self, deliver: Callable[[str, bytes], None]) -> None:
+        self._deliver = deliver
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self._deliver(read_item.storage_index.fqn, value.getvalue())
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
+    def create_local_plan(self) -> LoadPlan: ...  # type: ignore[empty-body]
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]: ...  # type: ignore[empty-body]
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan: ...  # type: ignore[empty-body]
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor: ...  # type: ignore[empty-body]
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
 
 
 def _architecture(source: SourceCheckpoint) -> Architecture:

@@ -26,6 +26,8 @@ from megatron_growth.planning.plan import (
     Zero,
 )
 
+_BLOCK = 1 << 20  # elements
+
 Chunks = Mapping[Chunk, torch.Tensor]  # those in memory
 
 
@@ -66,7 +68,7 @@ class Part:
 
 def parts_of(view: GrownView, key: str, box: Box) -> Iterator[Part]:
     """The parts that tile `box` of target tensor `key`."""
-    dtype = view.dtype(key)
+    dtype = view.dtypes[key]
     for piece in view.resolve(key, box):
         if isinstance(piece.transform, Zero):
             yield Part(piece, dtype, None, piece.source)
@@ -90,25 +92,34 @@ class Values:
         self._chunks = chunks
         self._sigmas: dict[tuple[str, Box], float] = {}
 
-    def of(self, part: Part) -> torch.Tensor | None:
-        """A part's values in the shape of its overlap; None for zeros.
+    def write(self, part: Part, place: torch.Tensor) -> None:
+        """Write a part's values.
+
+        Args:
+            part: which.
+            place: memory for the part's target box, of the type it is stored in or any other.
 
         Raises:
             CheckpointError: the source is not finite where noise needs its standard deviation, or
                 too wide to park clones below it.
         """
         if part.chunk is None:
-            return None
+            place.zero_()
+            return
         transform = part.piece.transform
         values = narrow(self._chunks[part.chunk], part.chunk[1], part.box)
+        place = place.view(values.shape)
         if isinstance(transform, Divide):
-            return (values.float() / transform.by).to(part.dtype)
-        if isinstance(transform, Noise):
-            return self._noisy(values, part, transform)
-        if isinstance(transform, Park):
-            return _parked(values, part, self._inside(part.piece.source_key, transform.scope))
-        assert isinstance(transform, Copy)
-        return values
+            for now, source in _blocks(values):
+                place[now] = (source.float() / transform.by).to(part.dtype)
+        elif isinstance(transform, Noise):
+            self._write_noisy(values, part, transform, place)
+        elif isinstance(transform, Park):
+            biases = self._inside(part.piece.source_key, transform.scope)
+            place.copy_(_parked(values, part, biases))
+        else:
+            assert isinstance(transform, Copy)
+            place.copy_(values)
 
     def check_master(self, master: Chunk) -> None:
         """A master must round to its weight; where it does not, the moments beside it are not to be
@@ -138,15 +149,21 @@ class Values:
                     "weights alone"
                 )
 
-    def _noisy(self, values: torch.Tensor, part: Part, noise: Noise) -> torch.Tensor:
+    def _write_noisy(
+        self, values: torch.Tensor, part: Part, noise: Noise, place: torch.Tensor
+    ) -> None:
         """source + noise in fp32, rounded to the type that the grown checkpoint stores."""
         key = part.piece.source_key
         shape = self._view.source.tensors[key].shape
-        grown = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        inner = Box(part.box.offsets[noise.lead :], part.box.sizes[noise.lead :])
         scale = noise.alpha * self._sigma(key, noise.scope)
-        add_noise(grown, box=inner, shape=shape[noise.lead :], stream=noise.stream, scale=scale)
-        return grown.to(part.dtype)
+        for now, source in _blocks(values, noise.lead):
+            grown = source.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            offsets = (
+                offset + one.start for offset, one in zip(part.box.offsets, now, strict=False)
+            )
+            box = Box(tuple(offsets)[noise.lead :], tuple(source.shape[noise.lead :]))
+            add_noise(grown, box=box, shape=shape[noise.lead :], stream=noise.stream, scale=scale)
+            place[now] = grown.to(part.dtype)
 
     def _sigma(self, key: str, scope: Box) -> float:
         if (key, scope) not in self._sigmas:
@@ -170,6 +187,26 @@ class Values:
             for chunk in self._view.source_chunks(key, scope)
             if (overlap := chunk.intersect(scope))
         ]
+
+
+def _blocks(
+    values: torch.Tensor, first: int = 0
+) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+    """A tensor in blocks of some `_BLOCK` elements, cut along one axis, `first` or a later one.
+
+    What is computed of a block is small enough for the memory to be used again for the next: fresh
+    memory costs more than the computing.
+    """
+    shape = values.shape
+    axis = next((a for a in range(first, len(shape)) if shape[a] > 1), max(len(shape) - 1, 0))
+    if values.numel() <= _BLOCK or not shape:
+        yield tuple(slice(0, size) for size in shape), values
+        return
+    step = max(1, _BLOCK * shape[axis] // values.numel())
+    for start in range(0, shape[axis], step):
+        end = min(start + step, shape[axis])
+        now = tuple(slice(start, end) if a == axis else slice(0, n) for a, n in enumerate(shape))
+        yield now, values[now]
 
 
 def _parked(values: torch.Tensor, part: Part, biases: list[torch.Tensor]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_growth.training import cpu_backend
+from megatron_growth.training import cpu_backend, fused_adam
 from megatron_growth.training.entry import one_line_errors
 
 
@@ -34,7 +34,8 @@ def main() -> None:
     from megatron_growth.training import gpt
 
     own, _ = _add_options(argparse.ArgumentParser(allow_abbrev=False)).parse_known_args(words)
-    with one_line_errors(), recording(own.record), _first_sample(own.first_sample):
+    fused = fused_adam.where_missing()
+    with one_line_errors(), fused, recording(own.record), _first_sample(own.first_sample):
         gpt.run(words, extra_args_provider=_add_options)
 
 

@@ -9,6 +9,7 @@ from megatron_growth.planning.experts import ExpertMap, ExpertOrder
 from megatron_growth.planning.keys import KeyForm
 from megatron_growth.planning.layers import LayerMap
 from megatron_growth.planning.plan import Architecture, GrowthPlan, NoiseScale
+from megatron_growth.planning.router import Router
 
 if TYPE_CHECKING:
     from megatron_growth.config import DepthConfig, GrowthConfig, WidthConfig
@@ -20,7 +21,7 @@ def build_plan(
     *,
     masters: str | None = None,
     target_form: KeyForm | None = None,
-    router: rules.Router | None = None,
+    router: Router | None = None,
 ) -> GrowthPlan:
     """Derive the plan.
 
@@ -61,7 +62,7 @@ def build_plan(
 
 
 def router_growth(
-    growth: "GrowthConfig", source: Architecture, router: rules.Router | None
+    growth: "GrowthConfig", source: Architecture, router: Router | None
 ) -> rules.RouterGrowth | None:
     """What the rules make of the base's router; None where experts do not grow or the router is not
     known."""

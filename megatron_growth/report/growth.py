@@ -24,7 +24,7 @@ from megatron_growth.planning.cost import (
 from megatron_growth.planning.experts import ExpertMap
 from megatron_growth.planning.layers import LayerMap
 from megatron_growth.planning.plan import GrowthPlan
-from megatron_growth.planning.rules import read_router
+from megatron_growth.planning.router import read_router
 from megatron_growth.report.inspection import counted, iteration_of, stored
 
 Value = int | float | str | None

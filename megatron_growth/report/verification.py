@@ -57,6 +57,7 @@ def _forward(forward: "Forward") -> Table:
         ("forward pass", f"{forward.tokens} tokens of the standard library's source"),
         ("loss", f"{forward.base_loss:.6f} -> {forward.grown_loss:.6f}"),
         ("max |dlogit|", f"{forward.max_difference:.2e} of {forward.largest_logit:.2f}"),
+        ("mean |dlogit|", f"{forward.mean_difference:.2e} of {forward.spread:.2f}"),
         ("KL(base || grown)", f"{forward.kl:.2e}"),
         ("expectation", forward.expectation),
         ("verdict", "as expected" if forward.passed else "NOT as expected"),

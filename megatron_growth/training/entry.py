@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_growth.checkpoint import manifest
 from megatron_growth.config import ContinueConfig, load_config
 from megatron_growth.errors import CheckpointError, ConfigError, GrowthError
-from megatron_growth.training import cpu_backend, start
+from megatron_growth.training import cpu_backend, fused_adam, start
 from megatron_growth.training.arguments import given_arguments
 from megatron_growth.training.load_hook import growth_on_load
 
@@ -52,7 +52,7 @@ def train(argv: Sequence[str], pretrain: Callable[[list[str]], None]) -> None:
         words = [*words, *cpu_backend.arguments(words)]
     begin = start.decide(config, words)
     say(begin.message)
-    with _hook(begin, config.continue_):
+    with fused_adam.where_missing(), _hook(begin, config.continue_):
         pretrain(begin.argv)
 
 

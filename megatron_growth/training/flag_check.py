@@ -27,9 +27,9 @@ from megatron_growth.config import GrowthConfig
 from megatron_growth.errors import ConfigError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.plan import Architecture
-from megatron_growth.planning.rules import read_router
+from megatron_growth.planning.router import read_router
 from megatron_growth.training import arguments, cpu_backend
-from megatron_growth.training.cpu_backend.substitutions import Substitutions
+from megatron_growth.training.substitutions import Substitutions
 
 _TRANSFORMER_ENGINE = "2.14.0"
 _H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 * 10**9)
@@ -85,7 +85,7 @@ def hopper() -> Iterator[None]:
 
     substitutions = Substitutions()
     with contextlib.ExitStack() as stack:
-        stack.callback(substitutions.undo)
+        stack.callback(substitutions.restore)
         substitutions.replace_all(torch.cuda, _DEVICE)
         substitutions.replace(core, "_te_version", Version(_TRANSFORMER_ENGINE))
         for module, names in _KERNELS.items():
@@ -103,7 +103,7 @@ def _no_gpu() -> Iterator[None]:
     """The one question that the CPU backend answers for `validate_args`."""
     substitutions = Substitutions()
     with contextlib.ExitStack() as stack:
-        stack.callback(substitutions.undo)
+        stack.callback(substitutions.restore)
         substitutions.replace_all(
             torch.cuda,
             {

@@ -25,7 +25,7 @@ from megatron_growth.config import (
 from megatron_growth.errors import CheckpointError, ConfigError, PlanError
 from megatron_growth.planning.build import router_growth
 from megatron_growth.planning.plan import GrowthPlan
-from megatron_growth.planning.rules import read_router
+from megatron_growth.planning.router import read_router
 from megatron_growth.training import arguments
 
 # What a user may say for the load of the base alone, and must not hold for a resume: option -> does

@@ -228,6 +228,37 @@ def test_a_missing_data_file_is_refused(base: Path) -> None:
     )
 
 
+def test_ranks_of_a_job_share_out_the_files_and_one_of_them_finds_what_is_missing(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    victim = sorted(base.glob("*.distcp"))[1]
+    victim.write_bytes(victim.read_bytes()[:-1000])
+    monkeypatch.setenv("RANK", "0")
+    SourceCheckpoint(base)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(CheckpointError, match="is incomplete"):
+        SourceCheckpoint(base)
+
+
+def test_metadata_is_read_once(base: Path) -> None:
+    """It takes seconds where a base is large."""
+    reader = _CountingReader(base)
+    grown = GrowthStorageReader(base, GROWTH, reader)
+    assert grown.source.common_state
+    load_all(grown)
+    assert reader.count == 1
+
+
+class _CountingReader(FileSystemReader):
+    count = 0
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self.count += 1
+        return super().read_metadata(*args, **kwargs)
+
+
 def test_a_tensor_that_lacks_a_chunk_is_refused(tmp_path: Path) -> None:
     bases.save(tmp_path, bases.tensors(MODEL), bases.megatron())
     key = f"decoder.layers.{FC1}"
@@ -236,6 +267,18 @@ def test_a_tensor_that_lacks_a_chunk_is_refused(tmp_path: Path) -> None:
         f"the chunks of {key} hold 120 of its 128 elements; the checkpoint is damaged: use another "
         "iteration"
     )
+
+
+def test_a_chunk_that_leaves_its_tensor_is_refused(tmp_path: Path) -> None:
+    bases.save(tmp_path, bases.tensors(MODEL), bases.megatron())
+    key = f"decoder.layers.{FC1}"
+
+    def move(metadata: Metadata) -> None:
+        chunks = metadata.state_dict_metadata[key].chunks
+        chunks[-1] = replace(chunks[-1], offsets=torch.Size((2, 0, 0, 0)))
+
+    _edit(tmp_path, move)
+    assert _refusal(tmp_path).startswith(f"the chunks of {key} hold 128 of its 128 elements")
 
 
 def test_a_common_state_that_cannot_be_read_is_refused(base: Path) -> None:

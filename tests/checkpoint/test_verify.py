@@ -530,12 +530,12 @@ def _second_moments_divided_by_m(monkeypatch):
 
 
 def _parked_too_near(monkeypatch):
-    monkeypatch.setattr(growth_values, "PARKING_DISTANCE", 1.0)
+    monkeypatch.setattr(growth_values, "PARKING_DISTANCE", 1.5)
 
 
 def _parked_by_the_expert_alone(monkeypatch):
     right = growth_values._parked
-    monkeypatch.setattr(growth_values, "_parked", lambda values, part, _: right(values, part, [values]))
+    monkeypatch.setattr(growth_values, "_parked", lambda v, part, _: right(v, part, [v]))
 
 
 def _momentum_of_parked_clones_kept(monkeypatch):

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_growth import GrowthConfig, GrowthPlan, GrowthStorageReader
 from megatron_growth.checkpoint import fanout
 from megatron_growth.checkpoint.source import SourceCheckpoint
+from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.errors import CheckpointError, PlanError
 from megatron_growth.planning.build import build_plan
 from tests.checkpoint import bases, definition
@@ -419,7 +420,7 @@ def _looks_per_chunk(directory: Path, model: Model) -> float:
     _Counted.seen = 0
     reader = GrowthStorageReader(directory, GrowthConfig.model_validate(BOTH), base=base)
     num_chunks = bases.num_chunks(bases.every([1, 1, 2]), key, shape)
-    assert len(reader.read_metadata().state_dict_metadata[key].chunks) == 4 * num_chunks  # type: ignore[union-attr]
+    assert len(reader.view.chunked_metadata().state_dict_metadata[key].chunks) == 4 * num_chunks  # type: ignore[union-attr]
     return _Counted.seen / num_chunks
 
 
@@ -431,21 +432,54 @@ def test_making_the_metadata_looks_at_each_source_chunk_a_fixed_number_of_times(
     assert 0 < large == small
 
 
-def test_the_grown_metadata_tiles_every_tensor_and_names_no_file(tmp_path: Path) -> None:
+def test_what_the_planner_sees_is_one_chunk_a_tensor(tmp_path: Path) -> None:
     directory, *_ = _save(tmp_path, Model(states=ADAM), GRIDS["uneven"])
     metadata = GrowthStorageReader(directory, GrowthConfig.model_validate(BOTH)).read_metadata()
     assert metadata.storage_data == {}
     examined = 0
     for entry in metadata.state_dict_metadata.values():
         if isinstance(entry, TensorStorageMetadata):
-            places = torch.zeros(entry.size, dtype=torch.int32)
-            for chunk in entry.chunks:
-                places[
-                    tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-                ] += 1
-            assert bool((places == 1).all())
+            (chunk,) = entry.chunks
+            assert (tuple(chunk.offsets), chunk.sizes) == ((0,) * len(entry.size), entry.size)
             examined += 1
     assert examined > 30
+
+
+@pytest.mark.parametrize(("source_form", "target_form"), [*CROSSINGS, ("stacked", "stacked")])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_target_chunks_tile_every_tensor_and_alias_their_source_chunks(
+    tmp_path: Path, source_form, target_form, grid: str
+) -> None:
+    model = Model(stacked=source_form == "stacked", states=ADAM)
+    directory, *_ = _save(tmp_path, model, GRIDS[grid])
+    source = SourceCheckpoint(directory)
+    plan = build_plan(
+        GrowthConfig.model_validate(BOTH), source.architecture, target_form=target_form
+    )
+    view = GrownView(source, plan)
+    places = {key: torch.zeros(shape, dtype=torch.int32) for key, shape in view.shapes.items()}
+    for text, tensor in source.tensors.items():
+        for chunk, key, box in view.target_chunks(tensor):
+            pieces = view.resolve(key, box)
+            assert len(pieces) in (1, 6)  # one expert, or all of them
+            for piece in pieces:
+                assert piece.source_key in (text, text.replace("optimizer.state.exp_avg.", ""))
+                assert chunk.intersect(piece.source) == piece.source
+            places[key][_slices(box)] += 1
+    assert len(places) > 30
+    assert all(bool((place == 1).all()) for place in places.values())
+    chunked = view.chunked_metadata().state_dict_metadata
+    assert {key: entry.size for key, entry in chunked.items() if key in places} == {
+        key: torch.Size(shape) for key, shape in view.shapes.items()
+    }
+    for key, place in places.items():
+        for chunk in chunked[key].chunks:  # type: ignore[union-attr]
+            place[_slices(chunk)] -= 1
+        assert bool((place == 0).all())
+
+
+def _slices(box: Any) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
 
 
 class _CachingReader(FileSystemReader):

@@ -98,6 +98,31 @@ MODEL = [
 ]
 
 
+DISTRIBUTED = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """With the distributed optimizer, whose state a machine without either library could not
+    load: grown, stopped, and started again."""
+    folder: Path = tmp_path_factory.mktemp("gpu_distributed")
+    base, run = folder / "base", [*RUN, *LOCAL, *DISTRIBUTED]
+    growth = {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"}
+    file = config_file(folder / "growth.yaml", base, growth)
+    grown = ["--growth-config", file, *run, "--train-iters", "12", "--save", str(folder / "run")]
+    jobs = [
+        Job("base", [*MODEL, *run, "--train-iters", "6", "--save", str(base)]),
+        Job(
+            "grown",
+            [*grown, "--exit-interval", "9"],
+            after_setup="tests.megatron.probes:optimizer_steps",
+            options=options(base, growth, stacked=True),
+        ),
+        Job("again", grown),
+    ]
+    return run_jobs(1, jobs, timeout=600, directory=folder / "driver")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     folder: Path = tmp_path_factory.mktemp("gpu")
@@ -127,6 +152,23 @@ def test_the_gpu_holds_the_bits_that_the_cpu_computes(rule: str, runs: dict[str,
     (found,) = runs[rule].after_setup
     assert found["wrong"] == []
     assert found["elements"] > 100_000
+
+
+@pytest.mark.skipif(
+    HAVE_TE or importlib.util.find_spec("apex") is not None,
+    reason="Transformer Engine or Apex is installed, so Megatron's own fused Adam is used",
+)
+def test_a_machine_with_neither_library_loads_the_distributed_optimizers_state(
+    distributed: dict[str, Result],
+) -> None:
+    (found,) = distributed["grown"].after_setup
+    assert found["wrong"] == []
+    assert found["steps"] == [6]
+    assert any(key.startswith("optimizer.state.exp_avg_sq") for key in found["held"])
+    assert distributed["grown"].iterations == [7, 8, 9]
+    assert distributed["again"].iterations == [10, 11, 12]
+    assert all(map(math.isfinite, distributed["again"].losses))
+    assert distributed["again"].losses[-1] < distributed["grown"].losses[0]
 
 
 @pytest.mark.parametrize("rule", ["reset", "rescale"])

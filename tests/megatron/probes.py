@@ -18,6 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_growth.checkpoint.source import iteration_directory
+from megatron_growth.checkpoint.write import Crew, Draft, grow
+from megatron_growth.config import GrowthConfig
 from tests.checkpoint.definition import Growth, Tensors, appended, grown_tensors, interleaved
 from tests.megatron.driver import Probe
 
@@ -149,6 +151,17 @@ def logits(probe: Probe) -> None:
         torch.save(found, probe.options["logits"])
 
 
+def logits_of_other_rows(probe: Probe) -> None:
+    """The logits of a model grown wrongly: each expert has the router row of its neighbour."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    (model,) = probe.model
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.weight.data.copy_(module.weight.data.roll(2, 0))  # by one original and its clone
+    logits(probe)
+
+
 def compare_and_logits(probe: Probe) -> dict[str, Any]:
     logits(probe)
     return compare(probe)
@@ -170,6 +183,16 @@ def optimizer_steps(probe: Probe) -> dict[str, Any]:
         steps.update(int(group["step"]) for group in inner.param_groups if "step" in group)
         steps.update(int(state["step"]) for state in inner.state.values() if "step" in state)
     return {"steps": sorted(steps), **compare(probe)}
+
+
+@contextmanager
+def written_first(options: Mapping[str, Any]) -> Iterator[None]:
+    """Write the grown checkpoint to disk, by all ranks together, before the job loads it."""
+    growth = GrowthConfig.model_validate(options["growth"])
+    with Crew() as crew:
+        draft = Draft(iteration_directory(options["base"]), growth, options["mode"])
+        grow(draft, Path(options["written"]), crew=crew)
+    yield
 
 
 @contextmanager

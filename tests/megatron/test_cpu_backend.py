@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_growth.training.cpu_backend.substitutions import Substitutions
+from megatron_growth.training.substitutions import Substitutions
 from tests.megatron.driver import REPOSITORY, Job, JobFailed, Probe, Result, run_jobs
 
 # Shared experts, an expert bias and query-key norms, because each has parameters of its own kind.

@@ -12,7 +12,8 @@ from megatron_growth.config import GrowthConfig
 from megatron_growth.errors import PlanError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.plan import Architecture, GrowthPlan
-from megatron_growth.planning.rules import Router, apply, read_router
+from megatron_growth.planning.router import Router, read_router
+from megatron_growth.planning.rules import apply
 
 SOFTMAX = Router(num_experts=8, top_k=2)
 SIGMOID = replace(SOFTMAX, score_function="sigmoid")

@@ -16,7 +16,7 @@ from megatron_growth.config import GrowthConfig
 from megatron_growth.errors import CheckpointError, PlanError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.plan import GrowthPlan
-from megatron_growth.planning.rules import read_router
+from megatron_growth.planning.router import read_router
 
 
 def plan_of(written: dict[str, Any], name: str) -> GrowthPlan:

@@ -25,7 +25,7 @@ from megatron_growth.errors import CheckpointError, ConfigError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.keys import KeyForm, is_optimizer_key
 from megatron_growth.planning.plan import GrowthPlan
-from megatron_growth.planning.rules import read_router
+from megatron_growth.planning.router import read_router
 
 # decoder.layers.3.mlp.router.weight
 _LAYER_IN_KEY = re.compile(r"decoder\.layers\.\d+\.")
@@ -177,7 +177,7 @@ def _checkpoint(directory: Path) -> _Grown:
 def _view(base: Path, plan: GrowthPlan) -> _Grown:
     """The base as growth at load shows it, through a reader of its own."""
     reader = GrowthStorageReader(base, plan)
-    metadata = reader.read_metadata()
+    metadata = reader.view.chunked_metadata()  # so that a part is read without all of its tensor
     stored = Stored(f"the view of {base}", reader, metadata)
     if COMMON_OBJECT in stored.objects:
         return _Grown(stored, lambda: load_common_state(base, metadata, reader))

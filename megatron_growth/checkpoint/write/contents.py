@@ -4,14 +4,12 @@ A *content* is the bytes of one record, a saved tensor chunk or object, and all 
 checkpoint that have them: depth copies share their source's record, all clones of an expert share
 one rescaled moment, all zeros of a shape are one, a noisy clone has a content of its own. Contents
 whose bytes are a source record's need no computing; a link needs none of their bytes at all.
-
-Target chunks are the source's: one (layer, expert) of a source chunk each, or one layer with all
-experts where the source chunk holds all of them, as a router does.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -20,8 +18,7 @@ from megatron_growth.checkpoint.collector import collector_off
 from megatron_growth.checkpoint.source import COMMON_OBJECT, SourceTensor
 from megatron_growth.checkpoint.units import Chunk, beside, chunks_of, index_of
 from megatron_growth.checkpoint.view import GrownView
-from megatron_growth.planning.keys import Key
-from megatron_growth.planning.plan import Box, Copy, GrowthPlan, Piece, Shape, Zero
+from megatron_growth.planning.plan import Box, Copy, Piece, Shape, Zero
 
 
 @dataclass(eq=False, slots=True)
@@ -46,13 +43,18 @@ class Content:
 
 
 @collector_off()
-def contents_of(view: GrownView) -> list[Content]:
-    """Everything that the grown checkpoint holds, each (tensor chunk or object) in one content."""
+def contents_of(view: GrownView, *, placed: bool) -> list[Content]:
+    """Everything that the grown checkpoint holds, each (tensor chunk or object) in one content.
+
+    Args:
+        view: the grown view.
+        placed: records of the base stay where they are, so that no chunk is read for them.
+    """
     zeros: dict[tuple[Shape, torch.dtype], Content] = {}
     found = [
         content
         for tensor in view.source.tensors.values()
-        for content in _tensor_contents(view, tensor, zeros)
+        for content in _tensor_contents(view, tensor, zeros, placed)
     ]
     objects: dict[str, Content] = {}
     for target, source in view.objects.items():
@@ -63,69 +65,53 @@ def contents_of(view: GrownView) -> list[Content]:
 
 
 def _tensor_contents(
-    view: GrownView, tensor: SourceTensor, zeros: dict[tuple[Shape, torch.dtype], Content]
+    view: GrownView,
+    tensor: SourceTensor,
+    zeros: dict[tuple[Shape, torch.dtype], Content],
+    placed: bool,
 ) -> Iterator[Content]:
     """The contents that a source tensor's chunks become; zeros, alike everywhere, go to `zeros`."""
     source_key = str(tensor.key)
-    for chunk in tensor.chunks:
+    for chunk, places in groupby(view.target_chunks(tensor), key=itemgetter(0)):
         found: dict[object, Content] = {}
-        for key, box in target_chunks(view.plan, tensor, chunk):
+        for _, key, box in places:
             pieces = view.resolve(key, box)
             if all(piece.transform == Zero() for piece in pieces):
-                known, same = zeros, (box.sizes, view.dtype(key))
+                known, same = zeros, (box.sizes, view.dtypes[key])
             else:
                 known = found
                 same = tuple((piece.source_key, piece.source, piece.transform) for piece in pieces)
             if same not in known:
-                known[same] = _content(view, source_key, chunk, key, box, pieces)
+                record = (
+                    index_of((source_key, chunk))
+                    if _is_whole(pieces, source_key, chunk, box)
+                    else None
+                )
+                chunks = [] if record and placed else _chunks(view, pieces)
+                nbytes = box.numel * view.dtypes[key].itemsize
+                known[same] = Content(key, box, record, chunks, nbytes)
             known[same].targets.append(MetadataIndex(key, torch.Size(box.offsets)))
         yield from found.values()
 
 
-def _content(
-    view: GrownView, source_key: str, chunk: Box, key: str, box: Box, pieces: tuple[Piece, ...]
-) -> Content:
+def _chunks(view: GrownView, pieces: tuple[Piece, ...]) -> list[Chunk]:
     own = [needed for piece in pieces for needed in chunks_of(view, piece)]
     near = [needed for piece in pieces for needed in beside(view, piece)]
-    chunks = list(dict.fromkeys([*own, *near]))
-    verbatim = (
-        len(pieces) == 1
-        and pieces[0].transform == Copy()
-        and (pieces[0].source_key, pieces[0].source) == (source_key, chunk)
-        and len(box.sizes) == len(chunk.sizes)
+    return list(dict.fromkeys([*own, *near]))
+
+
+def _is_whole(pieces: tuple[Piece, ...], source_key: str, chunk: Box, box: Box) -> bool:
+    """Whether the pieces of a target chunk are a source chunk as it is."""
+    if box.sizes != chunk.sizes:
+        return False
+    return all(
+        piece.transform == Copy()
+        and piece.source_key == source_key
+        and piece.source.sizes == piece.target.sizes
+        and _inside(piece.source, chunk) == _inside(piece.target, box)
+        for piece in pieces
     )
-    record = index_of((source_key, chunk)) if verbatim else None
-    return Content(key, box, record, chunks, box.numel * view.dtype(key).itemsize)
 
 
-def target_chunks(plan: GrowthPlan, tensor: SourceTensor, chunk: Box) -> Iterator[tuple[str, Box]]:
-    """The target chunks that a source chunk becomes: target key, and box in the target tensor."""
-    key, at = tensor.key, int(tensor.key.is_stacked)
-    experts: list[tuple[int, int] | None] = [None]  # offset and size on the expert axis
-    rest = at
-    if key.rule.expert_axis:
-        rest = at + 1
-        span = range(chunk.offsets[at], chunk.offsets[at] + chunk.sizes[at])
-        if len(span) == plan.source.num_experts and len(span) > 1:
-            experts = [(0, plan.target.num_experts)]
-        else:
-            experts = [(target, 1) for source in span for target in plan.experts.targets(source)]
-    for (text, lead), expert in product(_layers(plan, key, chunk), experts):
-        axes = [*lead, *([] if expert is None else [expert])]
-        offsets = (*(offset for offset, _ in axes), *chunk.offsets[rest:])
-        sizes = (*(size for _, size in axes), *chunk.sizes[rest:])
-        yield text, Box(offsets, sizes)
-
-
-def _layers(plan: GrowthPlan, key: Key, chunk: Box) -> list[tuple[str, list[tuple[int, int]]]]:
-    """The target keys, with offset and size on the layer axis where they have one."""
-    if key.place != "decoder":
-        return [(str(key), [])]
-    if not key.is_stacked:
-        sources: range | list[int | None] = [key.layer]
-    else:
-        sources = range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
-    targets = [target for source in sources for target in plan.layers.targets[source]]  # type: ignore[index]
-    if plan.target.key_form == "stacked":
-        return [(str(key.at(None)), [(target, 1)]) for target in targets]
-    return [(str(key.at(target)), []) for target in targets]
+def _inside(part: Box, whole: Box) -> Shape:
+    return tuple(a - b for a, b in zip(part.offsets, whole.offsets, strict=True))

@@ -7,7 +7,8 @@ each other whether it worked, so that one that failed fails all of them, with it
 import heapq
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
@@ -33,14 +34,16 @@ class Crew:
         self._rank = int(os.environ.get("RANK", "0"))
         self._world = int(os.environ.get("WORLD_SIZE", "1"))
         self.is_first = self._rank == 0
+        self._made_group = False
 
     def __enter__(self) -> "Crew":
-        if self._world > 1:
+        if self._world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=_LONGEST)
+            self._made_group = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._world > 1:
+        if self._made_group:
             torch.distributed.destroy_process_group()
 
     def together[Result](self, step: Callable[[], Result]) -> Result:
@@ -100,8 +103,9 @@ def dealt[Job](
 def _in_processes[Job](lanes: Sequence[Sequence[Job]], work: Callable[[Job], None]) -> None:
     """Each lane in a process of its own; a single one in this process."""
     if len(lanes) <= 1:
-        for job in lanes[0] if lanes else ():
-            work(job)
+        with _one_thread():
+            for job in lanes[0] if lanes else ():
+                work(job)
         return
     # Forked, so that the plan need not be made again, and so that the lock on the target is held
     # until the last of them has ended.
@@ -151,3 +155,15 @@ def _lane[Job](
     except GrowthError as error:
         tell.send(error)
     tell.close()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch inside: blocks are small, and a pool that waits for a core is many times
+    slower. Nor would a pool outlive a fork."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

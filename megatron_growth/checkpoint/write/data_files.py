@@ -24,9 +24,11 @@ from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.checkpoint.write.contents import Content
 from megatron_growth.checkpoint.write.records import LoadedChunks, RecordBuffer, RecordReader
 from megatron_growth.checkpoint.write.source_files import SourceFiles
+from megatron_growth.planning.plan import Shape
 
 FILE_BYTES = 1 << 30  # a data file is closed once it holds so much
 _SYNC_BYTES = 128 << 20  # between two syncs: more would fill the page cache and stall in the end
+_KEPT = 4  # tensors whose memory is kept: a layer has few shapes
 _RECORD_BYTES = 1 << 10  # what torch.save adds to a tensor's bytes, about
 
 
@@ -128,7 +130,7 @@ def write_data_file(
     Raises:
         CheckpointError: the base is damaged or was changed, or there is no space left.
     """
-    reader, buffer = RecordReader(view, files), RecordBuffer()
+    reader, buffer, maker = RecordReader(view, files), RecordBuffer(), _Maker(view)
     records: list[tuple[int, int]] = []
     with _Output(directory / file.name, hashed=bool(files.hashes)) as output:
         for unit in file.units:
@@ -140,7 +142,7 @@ def write_data_file(
                 values.check_master(chunk)
             for content in unit.items:
                 record = (
-                    buffer.save(_made(view, content, values))
+                    buffer.save(maker.made(content, values))
                     if content.record is None
                     else raw[content.record]
                 )
@@ -158,18 +160,31 @@ def index_path(directory: Path, name: str) -> Path:
     return directory / f"{name}.index"
 
 
-def _made(view: GrownView, content: Content, values: Values) -> object:
-    """What a computed content's record holds."""
-    if content.box is None:
-        return [grown_common_state(view.source.common_state or {}, view.plan)]
-    tensor = torch.empty(content.box.sizes, dtype=view.dtype(content.key))
-    for part in parts_of(view, content.key, content.box):
-        place, made = narrow(tensor, content.box, part.target), values.of(part)
-        if made is None:
-            place.zero_()
-        else:
-            place.copy_(made.view(place.shape))
-    return tensor
+class _Maker:
+    """Makes the values of computed contents, in memory that the next of the same shape reuses."""
+
+    def __init__(self, view: GrownView) -> None:
+        self._view = view
+        self._kept: dict[tuple[Shape, torch.dtype], torch.Tensor] = {}
+
+    def made(self, content: Content, values: Values) -> object:
+        """What a content's record holds; it holds until the next call."""
+        view = self._view
+        if content.box is None:
+            return [grown_common_state(view.source.common_state or {}, view.plan)]
+        tensor = self._memory(content.box.sizes, view.dtypes[content.key])
+        for part in parts_of(view, content.key, content.box):
+            values.write(part, narrow(tensor, content.box, part.target))
+        return tensor
+
+    def _memory(self, sizes: Shape, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor whose storage is its own: torch.save writes all of a storage."""
+        kept = self._kept.pop((sizes, dtype), None)
+        tensor = torch.empty(sizes, dtype=dtype) if kept is None else kept
+        self._kept[sizes, dtype] = tensor
+        if len(self._kept) > _KEPT:
+            del self._kept[next(iter(self._kept))]
+        return tensor
 
 
 class _Output:

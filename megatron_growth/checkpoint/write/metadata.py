@@ -67,7 +67,7 @@ class MetadataBuilder:
         if entry is None:
             # Without strides: they describe the base's shape.
             entry = self._entries[target.fqn] = TensorStorageMetadata(
-                TensorProperties(dtype=self._view.dtype(target.fqn)),
+                TensorProperties(dtype=self._view.dtypes[target.fqn]),
                 torch.Size(self._view.shapes[target.fqn]),
                 [],
             )

@@ -9,11 +9,13 @@ replaced while the process runs, one idea per file, each beside the upstream lin
 ``device.py``       ``cuda`` means ``cpu``; streams, events and memory queries are inert
 ``random_state.py`` Megatron's RNG tracker steers the CPU generator
 ``collectives.py``  what NCCL accepts and gloo does not
-``optimizer.py``    a fused Adam, so that the distributed optimizer takes its production branch
 ``model.py``        the plain modules of the local layer spec under sequence parallelism and MLA
 ``startup.py``      no GPU assertion, no kernel compilation, no helper process per checkpoint
 ``flags.py``        the command-line arguments that go with all this
 ==================  ==============================================================================
+
+To these comes ``training/fused_adam.py``, a fused Adam, so that the distributed optimizer takes its
+production branch; it serves CUDA machines too.
 
 With a CUDA device none of it is active: ``needed()`` is False and ``install()`` does nothing.
 ``install()`` must run before anything imports megatron, because megatron decorates its fused

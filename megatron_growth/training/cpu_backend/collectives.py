@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_growth.training.cpu_backend.substitutions import Substitutions
+from megatron_growth.training.substitutions import Substitutions
 
 _even_all_gather = dist.all_gather
 _even_reduce_scatter = dist.reduce_scatter

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_growth.training.cpu_backend.substitutions import Substitutions
+from megatron_growth.training.substitutions import Substitutions
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from megatron_growth.errors import ConfigError
-from megatron_growth.training.cpu_backend.substitutions import Substitutions
+from megatron_growth.training.substitutions import Substitutions
 
 
 def needed() -> bool:
@@ -48,9 +48,10 @@ def _after_megatron_is_imported(substitutions: Substitutions) -> None:
         warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
         warnings.filterwarnings("ignore", message=".*transformer-engine>=")
         # Imported here: these import megatron at their top.
-        from megatron_growth.training.cpu_backend import model, optimizer, random_state, startup
+        from megatron_growth.training import fused_adam
+        from megatron_growth.training.cpu_backend import model, random_state, startup
 
         random_state.substitute(substitutions)
-        optimizer.substitute(substitutions)
+        fused_adam.substitute(substitutions)
         model.substitute(substitutions)
         startup.substitute_after_import(substitutions)

@@ -5,7 +5,7 @@ import megatron.core.transformer.torch_norm as norm
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_growth.training.cpu_backend.substitutions import Substitutions
+from megatron_growth.training.substitutions import Substitutions
 
 _new_norm = norm.WrappedTorchNorm.__new__
 _init_attention = attention.DotProductAttention.__init__

@@ -15,7 +15,7 @@ import logging
 import megatron.core.tensor_parallel.random as tracker
 import torch
 
-from megatron_growth.training.cpu_backend.substitutions import Substitutions
+from megatron_growth.training.substitutions import Substitutions
 
 
 def _get_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_growth.training.cpu_backend.substitutions import Substitutions
+from megatron_growth.training.substitutions import Substitutions
 
 
 def compile_nothing(

@@ -1,7 +1,8 @@
 """Replaces attributes of other people's modules, all of them or none.
 
 Used as a context manager: what was replaced inside the block stays replaced when the block ends
-well, and is put back when it ends with an exception, so a process is never left half converted.
+well, until `restore()`, and is put back when it ends with an exception, so a process is never left
+half converted.
 A name that does not exist is an error, because a substitute for a name that upstream has renamed
 would be silently without effect.
 """
@@ -20,6 +21,7 @@ class Substitutions:
 
     def __init__(self) -> None:
         self._undo = ExitStack()
+        self._lasting = ExitStack()
 
     def __enter__(self) -> Self:
         return self
@@ -31,21 +33,22 @@ class Substitutions:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
-            self._undo.pop_all()
+            self._lasting.push(self._undo.pop_all())
         else:
             self._undo.close()
 
-    def undo(self) -> None:
+    def restore(self) -> None:
         """Put everything back."""
         self._undo.close()
+        self._lasting.close()
 
     def replace(self, owner: object, name: str, substitute: object) -> None:
         """Replace ``owner.name``, which must exist."""
         if not hasattr(owner, name):
             title = getattr(owner, "__name__", repr(owner))
             raise AttributeError(
-                f"{title} has no {name!r}; the CPU backend was written for megatron-core 0.19.2, "
-                f"so install megatron-core>=0.19,<0.20"
+                f"{title} has no {name!r}; this was written for megatron-core 0.19.2, so install "
+                "megatron-core>=0.19,<0.20"
             )
         self._undo.callback(_restore, owner, name, vars(owner).get(name, _ABSENT))
         setattr(owner, name, substitute)

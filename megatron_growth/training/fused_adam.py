@@ -1,22 +1,25 @@
-"""A fused Adam, so that Megatron's distributed optimizer takes the branch it takes in production.
+"""Adam with the interface of a fused one, where neither Transformer Engine nor Apex is installed.
 
-Megatron takes Adam from Transformer Engine or Apex and falls back to ``torch.optim.AdamW``. In
-0.19.2 that fallback does not survive the distributed optimizer
-(``core/optimizer/distrib_optimizer.py``): saving before the first step asserts (839), loading a
-resharded state asks for a key ``step`` that is not there (1223), and all parameters are given one
-shared ``step`` tensor (1032), which then counts every parameter as an iteration and bends the
-learning curve without a word. All three lie in code that production never runs. So the stand-in
-below has the interface of Apex's FusedAdam, ``step`` in the parameter group included, and the
-optimizer code that runs is the code that runs on GPUs.
+Megatron takes Adam from one of these and falls back to ``torch.optim.AdamW``. In 0.19.2 that
+fallback does not survive the distributed optimizer (``core/optimizer/distrib_optimizer.py``):
+saving before the first step asserts (839), loading a resharded state asks for a key ``step`` that
+is not there (1223), and all parameters are given one shared ``step`` tensor (1032), which then
+counts every parameter as an iteration and bends the learning curve without a word. All three lie in
+code that production never runs. So the stand-in below has the interface of Apex's FusedAdam,
+``step`` in the parameter group included, and the optimizer code that runs is production's.
+
+Without CUDA the CPU backend installs it, for good. With CUDA the entry points do, through
+``where_missing()``, and only where Megatron has found neither library: with one of them nothing is
+touched.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
-import megatron.core.optimizer
 import torch
-from megatron.core.optimizer import distrib_optimizer
 
-from megatron_growth.training.cpu_backend.substitutions import Substitutions
+from megatron_growth.errors import ConfigError
+from megatron_growth.training.substitutions import Substitutions
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -33,6 +36,11 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ConfigError(
+                "--optimizer-cuda-graph needs Transformer Engine's Adam, which is not installed; "
+                "leave it out or install transformer-engine"
+            )
         super().__init__(
             params,
             {
@@ -45,14 +53,27 @@ class FusedAdam(torch.optim.Optimizer):
         )
         self._decoupled_weight_decay = adam_w_mode
 
+    def __setstate__(self, state: dict) -> None:
+        """Called by `load_state_dict` too: groups that torch's own Adam saved lack what is ours."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("bias_correction", True)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """Update every parameter that has a gradient; the step count belongs to the group."""
         for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
+            group["step"] = self._steps_taken(group) + 1
             for param in group["params"]:
                 if param.grad is not None:
                     self._update(param, group)
+
+    def _steps_taken(self, group: dict) -> int:
+        """As the group says; where it does not, as each parameter of torch's own Adam does, whose
+        state a checkpoint from before the stand-in has."""
+        states = [self.state[param] for param in group["params"] if param in self.state]
+        kept = [int(state.pop("step")) for state in states if "step" in state]
+        return group.get("step", max(kept, default=0))
 
     def _update(self, param: torch.Tensor, group: dict) -> None:
         beta1, beta2 = group["betas"]
@@ -74,7 +95,31 @@ class FusedAdam(torch.optim.Optimizer):
         param.addcdiv_(mean, denominator, value=-rate / correction1)
 
 
+def needed() -> bool:
+    """Whether Megatron found neither library, and no stand-in is in place yet."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    return not distrib_optimizer.HAVE_APEX_OR_TE
+
+
+@contextmanager
+def where_missing() -> Iterator[None]:
+    """Inside, Megatron has a fused Adam: its own, or where it found none the stand-in."""
+    substitutions = Substitutions()
+    if needed():
+        with substitutions:
+            substitute(substitutions)
+    try:
+        yield
+    finally:
+        substitutions.restore()
+
+
 def substitute(substitutions: Substitutions) -> None:
+    """Put the stand-in in Megatron's place for it."""
+    import megatron.core.optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
     # core/optimizer/__init__.py 14-35 and core/optimizer/distrib_optimizer.py 20-35: the imports.
     substitutions.replace(megatron.core.optimizer, "Adam", FusedAdam)
     substitutions.replace(megatron.core.optimizer, "USING_PYTORCH_OPTIMIZER", False)
