@@ -85,8 +85,9 @@ def read_tensors(view: GrownView, items: Iterable[ReadItem], planner: LoadPlanne
     destinations = [d for d in map(Destination.of, items) if d.missing]
     with collector_off():
         units = group(_demands(view, destinations))
+    memory = _Memory()
     for batch in _batches(view, units):
-        chunks = _read(view, [chunk for unit in batch for chunk in unit.chunks])
+        chunks = _read(view, [chunk for unit in batch for chunk in unit.chunks], memory)
         values = Values(view, chunks)
         for chunk in chunks:
             values.check_master(chunk)
@@ -125,11 +126,24 @@ def _batches[Item](view: GrownView, units: list[Unit[Item]]) -> Iterator[list[Un
         yield batch
 
 
-def _read(view: GrownView, chunks: list[Chunk]) -> Chunks:
+class _Memory:
+    """Memory for one batch after the other: what is new each time costs as much as reading."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, nbytes: int) -> torch.Tensor:
+        """So many bytes, the same ones each time where they suffice."""
+        if self._bytes.numel() < nbytes:
+            self._bytes = torch.empty(nbytes, dtype=torch.uint8)
+        return self._bytes
+
+
+def _read(view: GrownView, chunks: list[Chunk], memory: _Memory) -> Chunks:
     """Read whole chunks through the base's own reader, into views of one buffer."""
     chunks = sorted(chunks, key=lambda chunk: position(view, chunk))
     padded = [-(-nbytes_of(view, chunk) // _ALIGNMENT) * _ALIGNMENT for chunk in chunks]
-    buffer = torch.empty(sum(padded), dtype=torch.uint8)
+    buffer = memory.of(sum(padded))
     loaded: dict[Chunk, torch.Tensor] = {}
     requests = []
     for chunk, start in zip(chunks, accumulate(padded, initial=0), strict=False):

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_growth import GrowthConfig, GrowthPlan, GrowthStorageReader
-from megatron_growth.checkpoint import fanout
+from megatron_growth.checkpoint import fanout, values
 from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.errors import CheckpointError, PlanError
@@ -334,6 +334,19 @@ def test_the_bits_do_not_depend_on_how_much_is_read_at_once(
         got, definition.grown_tensors(tensors, CASES["both, with the distributed optimizer"][2])
     )
     assert len(base.calls) > 100
+
+
+@pytest.mark.parametrize("form", ["stacked", "per_layer"])
+def test_the_bits_do_not_depend_on_how_much_is_transformed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    model = Model(stacked=form == "stacked", states=DISTRIBUTED)
+    directory, *_ = _save(tmp_path, model, GRIDS["uneven"])
+    config = GrowthConfig.model_validate(BOTH)
+    want, _ = load_all(GrowthStorageReader(directory, config))
+    monkeypatch.setattr(values, "_BLOCK", 5)
+    got, _ = load_all(GrowthStorageReader(directory, config))
+    _assert_equal(got, want)
 
 
 def test_a_tensor_of_a_grown_checkpoint_loads_alone(tmp_path: Path) -> None:
