@@ -6,7 +6,7 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test slurm check format clean
 
 setup: $(VENV)/installed
 
@@ -20,8 +20,16 @@ $(VENV)/installed: setup.py
 demo: setup
 	$(BIN)/megatron-growth demo --out runs/demo
 
-test: check
+test: check slurm
 	$(BIN)/python -m pytest
+
+# Launches are tested on a real SLURM, of Debian's packages; without it those tests skip and say so.
+slurm:
+	@command -v slurmctld >/dev/null || command -v /usr/sbin/slurmctld >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	       && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge \
+	            slurm-wlm-basic-plugins >/dev/null; } \
+	  || echo 'SLURM is not installed, and could not be: tests/slurm will skip' >&2
 
 check: setup
 	$(BIN)/ruff check .

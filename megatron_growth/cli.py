@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 @app.command()
 def plan(
     config: Annotated[
-        Path | None, typer.Argument(help="Growth configuration, a YAML file.", show_default=False)
+        Path | None,
+        typer.Argument(help="Growth configuration or experiment, a YAML file.", show_default=False),
     ] = None,
     load: Annotated[
         Path | None, typer.Option(help="Base checkpoint directory, instead of the file's.")
@@ -106,7 +107,11 @@ def plan(
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what growth would make of a base checkpoint; reads no weights and writes nothing."""
+    """Show what growth would make of a base checkpoint, or what an experiment costs and whether it
+    fits; reads no weights and writes nothing."""
+    if config and not (load or from_manifest) and launcher.is_experiment(config):
+        launcher.plan_experiment(config, settings, as_json)
+        return
     experiment, expected = _experiment(config, settings, from_manifest)
     with quiet():
         weights_only = experiment.growth.optimizer == "reset"

@@ -361,7 +361,7 @@ def test_a_bad_configuration_is_an_error_with_its_remedy(run, tmp_path, text, hi
 
 
 def test_an_error_of_a_few_lines_is_printed_on_one(run, monkeypatch, tmp_path):
-    def fail(path: Path) -> Namespace:
+    def fail(*_: object) -> Namespace:
         raise cli.ConfigError("one\ntwo")
 
     monkeypatch.setattr(cli, "load_config", fail)
@@ -372,7 +372,7 @@ def test_version_and_help(run):
     assert re.fullmatch(r"megatron-growth \d+\.\d+\.\d+\n", run("--version")[1])
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("plan", "inspect", "demo"):
+    for command in ("plan", "grow", "inspect", "verify", "demo"):
         assert re.search(rf"\b{command}\b", out)
 
 

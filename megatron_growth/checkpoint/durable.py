@@ -4,12 +4,14 @@ import os
 import tempfile
 from pathlib import Path
 
+_UNFINISHED = ".unfinished-"
+
 
 def write_safely(path: Path, content: str | bytes) -> None:
     """Write a file under another name, sync it, and give it its name by rename."""
     data = content.encode() if isinstance(content, str) else content
     with tempfile.NamedTemporaryFile(
-        "wb", dir=path.parent, prefix=f".{path.name}.", delete=False
+        "wb", dir=path.parent, prefix=_UNFINISHED, delete=False
     ) as file:
         try:
             os.fchmod(file.fileno(), 0o666 & ~_umask())
@@ -21,6 +23,12 @@ def write_safely(path: Path, content: str | bytes) -> None:
             os.unlink(file.name)
             raise
     sync_directory(path.parent)
+
+
+def clear_unfinished(directory: Path) -> None:
+    """Remove what was being written in a directory when its writer was killed."""
+    for path in directory.glob(f"{_UNFINISHED}*"):
+        path.unlink(missing_ok=True)
 
 
 def sync_directory(directory: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_growth.checkpoint.source import TRACKER
-from megatron_growth.config import BaseConfig, GrowthConfig
+from megatron_growth.config import BaseConfig, GrowthConfig, LearningRateConfig
 from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.geometry import Geometry
 from megatron_growth.launcher.experiment import Experiment
@@ -87,6 +87,8 @@ def _link(experiment: Experiment, stage: Stage, path: str, before: Link | None) 
         first = 0 if stage.continue_.iteration == "reset" else _iteration(experiment.base)
     if stage.continue_.iteration == "reset":
         first = 0
+    iterations = _iterations(stage.budget, tokens, model)
+    _check_warmup(stage, iterations, path)
     return Link(
         stage=stage,
         path=path,
@@ -95,9 +97,23 @@ def _link(experiment: Experiment, stage: Stage, path: str, before: Link | None) 
         base=base if stage.growth else None,
         parent=parent,
         first=first,
-        last=first + _iterations(stage.budget, tokens, model),
+        last=first + iterations,
         tokens=tokens,
     )
+
+
+def _check_warmup(stage: Stage, iterations: int, path: str) -> None:
+    """Upstream asserts it when the schedule is made, after the model is built and loaded."""
+    rates = {
+        "learning_rate": stage.learning_rate,
+        "continue.learning_rate": stage.continue_.learning_rate,
+    }
+    for name, rate in rates.items():
+        if isinstance(rate, LearningRateConfig) and rate.warmup_iters >= iterations:
+            raise ConfigError(
+                f"{path}.{name}.warmup_iters {rate.warmup_iters}: must be below the iterations of "
+                f"the stage ({iterations}); lower it or raise the budget"
+            )
 
 
 def grown(model: Geometry, growth: GrowthConfig, path: str) -> Geometry:

@@ -1,6 +1,7 @@
 """The commands of this folder; `register` adds them to `megatron-growth`."""
 
 import json
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +10,21 @@ import typer
 import yaml
 from rich.console import Console
 
+from megatron_growth.launcher.budget import budget
+from megatron_growth.launcher.budget_tables import print_budget
 from megatron_growth.launcher.chain import Link, chain
-from megatron_growth.launcher.experiment import Experiment, load_experiment, stage_named
+from megatron_growth.launcher.experiment import (
+    Experiment,
+    extended,
+    load_experiment,
+    stage_named,
+)
 from megatron_growth.launcher.json_schema import experiment_schema
 from megatron_growth.launcher.render import File, Target, stage_files
+from megatron_growth.launcher.status import stage_status
+from megatron_growth.launcher.status_table import print_status
+from megatron_growth.launcher.submit import jobs, queue
+from megatron_growth.launcher.submit import submit as start
 from megatron_growth.quiet import quiet
 
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment, a YAML file.")]
@@ -28,6 +40,7 @@ Profile = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("launch")(launch)
+    app.command("status")(status)
     app.command("schema")(schema)
 
 
@@ -65,10 +78,44 @@ def launch(
         return
     console.print(f"{len(files)} files written below {loaded.directory}")
     if submit:
-        from megatron_growth.launcher.submit import submit as start
-
         for line in start(loaded, chosen, target, workdir):
             console.print(line)
+
+
+def status(
+    experiment: ExperimentFile,
+    settings: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show where an experiment's stages are: waiting, running, done, failed and why."""
+    workdir = Path.cwd()
+    loaded = load_experiment(experiment, settings or ())
+    known = jobs(workdir / loaded.directory)
+    ids = [entry["job"] for entry in known.values()]
+    waiting = queue(ids)
+    stages = [
+        stage_status(link, known.get(link.stage.name, {}).get("job"), waiting, workdir)
+        for link in chain(loaded)
+    ]
+    if as_json:
+        print(json.dumps([asdict(stage) for stage in stages], indent=2))
+    else:
+        print_status(Console(highlight=False), loaded.name, stages)
+
+
+def plan_experiment(path: Path, settings: list[str] | None, as_json: bool) -> None:
+    """What an experiment costs, and whether it fits."""
+    loaded = load_experiment(path, settings or ())
+    stages = budget(loaded, chain(loaded))
+    if as_json:
+        print(json.dumps([stage.document() for stage in stages], indent=2))
+    else:
+        print_budget(Console(highlight=False), loaded.name, stages)
+
+
+def is_experiment(path: Path) -> bool:
+    """Whether a file is an experiment rather than a growth file, which a missing one may be."""
+    return path.is_file() and "stages" in extended(path, "a `growth:` section, or `stages:`")
 
 
 def schema() -> None:

@@ -106,11 +106,6 @@ def load_experiment(
         raise ConfigError(f"{path}: {explain(error, Experiment)}") from None
 
 
-def is_experiment(content: Mapping[str, Any]) -> bool:
-    """Whether a file's content is an experiment rather than a growth file."""
-    return "stages" in content or "extends" in content
-
-
 def extended(path: Path, needed: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The content of a file with every `extends` in it replaced by what it names.
 

@@ -30,7 +30,7 @@ from megatron_growth.launcher.experiment import Experiment
 
 TEMPLATES = Path(__file__).with_name("templates")
 SECONDS_FOR_A_STEP = 60  # a signal is seen between two steps
-_BYTES_OF_A_PARAMETER = 14  # bf16 weight, fp32 master and both moments
+BYTES_OF_A_PARAMETER = 14  # bf16 weight, fp32 master and both moments
 
 
 class Target(StrEnum):
@@ -130,7 +130,7 @@ def _values(experiment: Experiment, link: Link, target: Target, workdir: Path) -
         "python": cluster.python,
         "save_seconds": cluster.save_seconds,
         "signal_seconds": cluster.save_seconds + SECONDS_FOR_A_STEP,
-        "checkpoint_bytes": link.parameters.total * _BYTES_OF_A_PARAMETER,
+        "checkpoint_bytes": link.parameters.total * BYTES_OF_A_PARAMETER,
         "preflight": cluster.preflight,
         "secrets": cluster.secrets,
         "container": cluster.container,

@@ -7,6 +7,7 @@ A stage that is DONE is passed over, so the same command takes a broken chain up
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,8 +56,8 @@ def jobs(directory: Path) -> dict[str, dict[str, str]]:
 
 
 def queue(ids: Sequence[str]) -> dict[str, str]:
-    """State of those jobs that SLURM still has waiting or running."""
-    if not ids:
+    """State of those jobs that SLURM still has waiting or running; none where there is no SLURM."""
+    if not ids or shutil.which("squeue") is None:
         return {}
     said = _run(["squeue", "--noheader", "--states=all", "--format=%A %T %r"], check=False)
     rows = (line.split(maxsplit=2) for line in said.splitlines())

@@ -27,7 +27,7 @@ from megatron_growth.config import GrowthConfig
 from megatron_growth.errors import ConfigError
 from megatron_growth.planning.build import build_plan
 from megatron_growth.planning.plan import Architecture
-from megatron_growth.planning.rules import read_router
+from megatron_growth.planning.router import read_router
 from megatron_growth.training import arguments, cpu_backend
 from megatron_growth.training.substitutions import Substitutions
 

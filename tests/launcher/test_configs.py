@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from megatron_growth.geometry import Geometry
+from megatron_growth.launcher.budget import budget
 from megatron_growth.launcher.chain import chain
 from megatron_growth.launcher.cluster import Cluster
 from megatron_growth.launcher.experiment import load_experiment
@@ -18,7 +19,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXPERIMENTS = sorted((CONFIGS / "experiments").glob("*.yaml"))
 # Billions of parameters of each stage, total and activated.
 SIZES = {
-    "deepseek_v3_style": [(15.8, 3.2), (31.0, 5.8), (59.8, 9.4)],
+    "deepseek_v3_style": [(15.8, 3.2), (31.1, 5.9), (59.9, 9.5)],
     "mixtral_8x7b_width": [(91.8, 24.2)],
     "olmoe_7b_depth": [(13.6, 2.4)],
     "paper_17b_35b_70b": [(17.9, 2.0), (35.3, 3.6), (69.1, 5.7)],
@@ -43,6 +44,8 @@ def test_it_loads_plans_renders_and_megatron_takes_it(path):
     assert sizes == SIZES[path.stem]
     for link in links:
         assert stage_files(experiment, link, Target.SLURM, Path("/lustre/work"))
+    notes = [note for stage in budget(experiment, links) for note in stage.notes]
+    assert not [note for note in notes if note.startswith("does not")]
     checked = check_flags(experiment, links)
     for link, args in zip(links, checked, strict=True):
         model = link.model

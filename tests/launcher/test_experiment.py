@@ -12,6 +12,7 @@ from megatron_growth.errors import ConfigError
 from megatron_growth.launcher.chain import chain
 from megatron_growth.launcher.experiment import load_experiment
 from megatron_growth.launcher.json_schema import experiment_schema
+from megatron_growth.launcher.reference import reference
 from tests.launcher.experiments import CONTENT, write
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -144,6 +145,20 @@ def test_a_mistake_is_one_line_that_names_its_path(tmp_path, setting, says):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("setting", "where"),
+    [
+        ("stages[0].learning_rate.warmup_iters=10", "stages[0].learning_rate"),
+        ("stages[1].continue.learning_rate={peak: 1, warmup_iters: 10}",
+         "stages[1].continue.learning_rate"),
+    ],
+)  # fmt: skip
+def test_a_warmup_as_long_as_its_stage_is_refused(tmp_path, setting, where):
+    with pytest.raises(ConfigError) as refusal:
+        chain(load_experiment(write(tmp_path), [setting]))
+    assert str(refusal.value).startswith(f"{where}.warmup_iters 10: must be below the iterations")
+
+
 def test_growth_that_cannot_be_made_names_its_stage(tmp_path):
     setting = "stages[1].growth={depth: {skip_first: 3, skip_last: 3}}"
     with pytest.raises(ConfigError, match=r"stages\[1\].growth: "):
@@ -161,3 +176,10 @@ def test_the_schema_takes_our_file_and_refuses_a_mistake():
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, schema)
     assert yaml.safe_load("extends: x.yaml").keys() <= schema["properties"].keys()
+
+
+def test_the_reference_in_docs_is_that_of_the_schema():
+    page = (REPOSITORY / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert page == reference() + "\n", "run python -m megatron_growth.launcher.reference"
+    for field in ("virtual", "new_layer_init", "warmup_iters", "requeues", "moe_router_topk"):
+        assert f"| `{field}` |" in page

@@ -16,6 +16,7 @@ SRUN = 'echo "$*" >>"$LOG/srun"; if [[ ${!#} == preflight ]]; then eval "$PREFLI
 SCONTROL = """case "$1 $2" in
   "show hostnames") echo n1; echo n2 ;;
   "show node") echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=n1" ;;
+  "show job") echo "JobId=$4 JobState=$STATE Reason=None" ;;
   requeue*) echo "$*" >>"$LOG/requeue" ;;
 esac"""
 
@@ -32,13 +33,21 @@ def job(tmp_path):
     ):
         stub(tmp_path / "bin", name, script)
 
-    def start(stage="base", train="true", preflight="true", cancel="true", restart=0, settings=()):
+    def start(
+        stage="base",
+        train="true",
+        preflight="true",
+        cancel="true",
+        restart=0,
+        settings=(),
+        state="RUNNING",
+    ):
         rendered(tmp_path, Target.SLURM, *settings)
         (tmp_path / f"runs/small/{stage}/ranks").mkdir(exist_ok=True)
         environment = {
             "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "LOG": str(log), "TRAIN": train,
             "PREFLIGHT": preflight, "CANCEL": cancel, "SLURM_JOB_ID": "41",
-            "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": str(restart),
+            "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": str(restart), "STATE": state,
             "CHECKPOINTS": str(tmp_path / f"runs/small/{stage}/checkpoints"),
         }  # fmt: skip
         script = tmp_path / f"runs/small/{stage}/job.sh"
@@ -98,6 +107,12 @@ def test_a_training_that_ends_early_without_an_error_fails_all_the_same(job):
 def test_a_restart_that_gets_no_further_fails(job):
     job(train=saves(5))
     assert job(train=saves(5, code=3), restart=1) == 3
+
+
+def test_a_cancelled_job_is_not_queued_again(job):
+    assert job(train=saves(5, code=1), state="COMPLETING") == 1
+    assert job.events() == ["started", "ended"]
+    assert not lines(job.log / "requeue")
 
 
 def test_requeues_are_counted(job):

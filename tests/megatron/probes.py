@@ -18,6 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_growth.checkpoint.source import iteration_directory
+from megatron_growth.checkpoint.write import Crew, Draft, grow
+from megatron_growth.config import GrowthConfig
 from tests.checkpoint.definition import Growth, Tensors, appended, grown_tensors, interleaved
 from tests.megatron.driver import Probe
 
@@ -181,6 +183,16 @@ def optimizer_steps(probe: Probe) -> dict[str, Any]:
         steps.update(int(group["step"]) for group in inner.param_groups if "step" in group)
         steps.update(int(state["step"]) for state in inner.state.values() if "step" in state)
     return {"steps": sorted(steps), **compare(probe)}
+
+
+@contextmanager
+def written_first(options: Mapping[str, Any]) -> Iterator[None]:
+    """Write the grown checkpoint to disk, by all ranks together, before the job loads it."""
+    growth = GrowthConfig.model_validate(options["growth"])
+    with Crew() as crew:
+        draft = Draft(iteration_directory(options["base"]), growth, options["mode"])
+        grow(draft, Path(options["written"]), crew=crew)
+    yield
 
 
 @contextmanager

@@ -101,6 +101,7 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"depth": DEPTH, "width": PARKED, "optimizer": "rescale"},
     ),
 }
+WRITTEN = ("copy", "link")
 # Growth that keeps the function: name -> growth.
 EXACT = {
     "width, no noise": {"width": EXACT_WIDTH},
@@ -200,6 +201,7 @@ def runs(folder: Path) -> dict[str, Result]:
             )
         )
     jobs += _noisy_jobs(folder, base["stacked"])
+    jobs += _written(folder, base["stacked"])
     jobs += _started_twice(folder, base["stacked"])
     return run_jobs(4, jobs, timeout=1200, directory=folder / "driver")
 
@@ -218,6 +220,29 @@ def _noisy_jobs(folder: Path, base: Path) -> list[Job]:
                 )
             )
     return jobs
+
+
+def _written(folder: Path, base: Path) -> list[Job]:
+    """Grown on disk, then loaded by Megatron alone, as any checkpoint: nothing of ours is in it."""
+    growth = {"depth": DEPTH, "width": WIDTH, "optimizer": "rescale"}
+    grown = ["--num-layers", "8", "--num-experts", "8", "--moe-router-topk", "4"]
+    longer = ["--train-iters", "9", "--override-opt-param-scheduler"]
+    plain = [*MODEL, *NO_DROPOUT, *grown, *f"{PP2} {EP2}".split(), *longer]
+    return [
+        Job(
+            f"written, {mode}",
+            [*plain, "--load", str(folder / f"written-{mode}")],
+            contexts=("tests.megatron.probes:written_first",),
+            after_setup="tests.megatron.probes:compare",
+            options={
+                **options(base, growth, stacked=True),
+                "growth": growth,
+                "mode": mode,
+                "written": str(folder / f"written-{mode}"),
+            },
+        )
+        for mode in WRITTEN
+    ]
 
 
 def _started_twice(folder: Path, base: Path) -> list[Job]:
@@ -243,6 +268,19 @@ def _started_twice(folder: Path, base: Path) -> list[Job]:
         Job("second start", argv, after_setup="tests.megatron.probes:iteration"),
         Job("chained", chained, after_setup="tests.megatron.probes:iteration"),
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", WRITTEN)
+def test_megatron_alone_loads_and_trains_what_was_written(
+    mode: str, runs: dict[str, Result]
+) -> None:
+    run = runs[f"written, {mode}"]
+    assert [rank["wrong"] for rank in run.after_setup] == [[], [], [], []]
+    assert min(rank["elements"] for rank in run.after_setup) > 10_000
+    assert any("exp_avg_sq" in key for key in run.after_setup[0]["held"])
+    assert run.iterations == [7, 8, 9]
+    assert all(map(math.isfinite, run.losses + run.grad_norms))
 
 
 @pytest.mark.slow

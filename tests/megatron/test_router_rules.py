@@ -274,6 +274,7 @@ def grow(
     parked: bool = False,
     noise: float = 0.0,
     lift: float = 0.0,
+    spread: float = 0.3,
     training: bool = True,
     logits: torch.Tensor | None = None,
 ) -> Comparison:
@@ -285,6 +286,7 @@ def grow(
         parked: place the balancing bias of clones as growth does.
         noise: on the logits of clones.
         lift: added to the logits of clones.
+        spread: of the balancing biases.
     """
     if arguments is None:
         made = growth(top_k, options, m, order, mode, parked)
@@ -292,7 +294,7 @@ def grow(
     experts, changed = ExpertMap(E, m, order), {**options, **arguments}  # type: ignore[arg-type]
     sources = [experts.source(e) for e in range(experts.num_target)]
     logits = random(T, E) * 2 if logits is None else logits
-    cotangent, balance = random(T, E, seed=1), random(E, seed=2) * 0.3
+    cotangent, balance = random(T, E, seed=1), random(E, seed=2) * spread
     cloned, is_clone = balance[sources], [experts.clone_index(e) > 0 for e in range(m * E)]
     if parked:
         cloned[is_clone] -= float(balance.max() - balance.min()) + PARKING_DISTANCE
@@ -581,7 +583,9 @@ def test_parking_nearer_than_scores_differ_would_not_hold(m: int) -> None:
 
 def test_scores_that_are_as_far_apart_as_can_be_do_not_bring_a_clone_in() -> None:
     logits = torch.full((T, E), -200.0, device=DEVICE)  # sigmoid is 0 in fp32, and 1 for clones
-    compared = grow(4, BIAS, 2, "interleave", mode="keep", parked=True, logits=logits, lift=400.0)
+    compared = grow(
+        4, BIAS, 2, "interleave", mode="keep", parked=True, spread=0.0, logits=logits, lift=400.0
+    )
     assert float(compared.grown.weights[:, 1::2].abs().max()) == 0
     assert not compared.grown.map[:, 1::2].any()
     assert compared.grown.map.any()

@@ -43,13 +43,18 @@ class Content:
 
 
 @collector_off()
-def contents_of(view: GrownView) -> list[Content]:
-    """Everything that the grown checkpoint holds, each (tensor chunk or object) in one content."""
+def contents_of(view: GrownView, *, placed: bool) -> list[Content]:
+    """Everything that the grown checkpoint holds, each (tensor chunk or object) in one content.
+
+    Args:
+        view: the grown view.
+        placed: records of the base stay where they are, so that no chunk is read for them.
+    """
     zeros: dict[tuple[Shape, torch.dtype], Content] = {}
     found = [
         content
         for tensor in view.source.tensors.values()
-        for content in _tensor_contents(view, tensor, zeros)
+        for content in _tensor_contents(view, tensor, zeros, placed)
     ]
     objects: dict[str, Content] = {}
     for target, source in view.objects.items():
@@ -60,7 +65,10 @@ def contents_of(view: GrownView) -> list[Content]:
 
 
 def _tensor_contents(
-    view: GrownView, tensor: SourceTensor, zeros: dict[tuple[Shape, torch.dtype], Content]
+    view: GrownView,
+    tensor: SourceTensor,
+    zeros: dict[tuple[Shape, torch.dtype], Content],
+    placed: bool,
 ) -> Iterator[Content]:
     """The contents that a source tensor's chunks become; zeros, alike everywhere, go to `zeros`."""
     source_key = str(tensor.key)
@@ -74,22 +82,36 @@ def _tensor_contents(
                 known = found
                 same = tuple((piece.source_key, piece.source, piece.transform) for piece in pieces)
             if same not in known:
-                known[same] = _content(view, source_key, chunk, key, box, pieces)
+                record = (
+                    index_of((source_key, chunk))
+                    if _is_whole(pieces, source_key, chunk, box)
+                    else None
+                )
+                chunks = [] if record and placed else _chunks(view, pieces)
+                nbytes = box.numel * view.dtypes[key].itemsize
+                known[same] = Content(key, box, record, chunks, nbytes)
             known[same].targets.append(MetadataIndex(key, torch.Size(box.offsets)))
         yield from found.values()
 
 
-def _content(
-    view: GrownView, source_key: str, chunk: Box, key: str, box: Box, pieces: tuple[Piece, ...]
-) -> Content:
+def _chunks(view: GrownView, pieces: tuple[Piece, ...]) -> list[Chunk]:
     own = [needed for piece in pieces for needed in chunks_of(view, piece)]
     near = [needed for piece in pieces for needed in beside(view, piece)]
-    chunks = list(dict.fromkeys([*own, *near]))
-    verbatim = (
-        len(pieces) == 1
-        and pieces[0].transform == Copy()
-        and (pieces[0].source_key, pieces[0].source) == (source_key, chunk)
-        and len(box.sizes) == len(chunk.sizes)
+    return list(dict.fromkeys([*own, *near]))
+
+
+def _is_whole(pieces: tuple[Piece, ...], source_key: str, chunk: Box, box: Box) -> bool:
+    """Whether the pieces of a target chunk are a source chunk as it is."""
+    if box.sizes != chunk.sizes:
+        return False
+    return all(
+        piece.transform == Copy()
+        and piece.source_key == source_key
+        and piece.source.sizes == piece.target.sizes
+        and _inside(piece.source, chunk) == _inside(piece.target, box)
+        for piece in pieces
     )
-    record = index_of((source_key, chunk)) if verbatim else None
-    return Content(key, box, record, chunks, box.numel * view.dtypes[key].itemsize)
+
+
+def _inside(part: Box, whole: Box) -> Shape:
+    return tuple(a - b for a, b in zip(part.offsets, whole.offsets, strict=True))

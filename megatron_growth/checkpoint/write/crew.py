@@ -34,14 +34,16 @@ class Crew:
         self._rank = int(os.environ.get("RANK", "0"))
         self._world = int(os.environ.get("WORLD_SIZE", "1"))
         self.is_first = self._rank == 0
+        self._made_group = False
 
     def __enter__(self) -> "Crew":
-        if self._world > 1:
+        if self._world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=_LONGEST)
+            self._made_group = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._world > 1:
+        if self._made_group:
             torch.distributed.destroy_process_group()
 
     def together[Result](self, step: Callable[[], Result]) -> Result:

@@ -62,7 +62,7 @@ class Draft:
         self.plan = plan_for(self.source, growth)
         self.view = GrownView(self.source, self.plan)
         self.sources = SourceFiles(self.source)
-        contents = contents_of(self.view)
+        contents = contents_of(self.view, placed=not self.apart)
         self._placed_contents = [] if self.apart else [c for c in contents if c.record]
         written = contents if self.apart else [c for c in contents if not c.record]
         self.files = data_files(self.view, written, apart=self.apart)

@@ -20,6 +20,7 @@ from megatron_growth.checkpoint.write.source_files import SourceFiles
 from megatron_growth.errors import CheckpointError
 
 _READ_BYTES = 8 << 20
+_MESSAGE = 120  # characters of torch's own, which tells a story
 
 
 class RecordReader:
@@ -88,7 +89,7 @@ class LoadedChunks(Mapping[Chunk, torch.Tensor]):
             tensor = torch.load(stream, map_location="cpu", weights_only=True)
             return tensor.view(box.sizes)
         except Exception as error:  # unpickling damaged bytes can raise anything
-            line = " ".join(str(error).split())
+            line = " ".join(str(error).split())[:_MESSAGE]
             raise CheckpointError(
                 f"{key} at {list(box.offsets)} in {str(self._view.source.directory)!r} cannot be "
                 f"read ({type(error).__name__}: {line}); the base is damaged: use another iteration"

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_growth.checkpoint import manifest
-from megatron_growth.checkpoint.durable import sync_directory, write_safely
+from megatron_growth.checkpoint.durable import clear_unfinished, sync_directory, write_safely
 from megatron_growth.checkpoint.source import TRACKER
 from megatron_growth.errors import CheckpointError
 
@@ -83,28 +83,36 @@ class Site:
         self.save.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         self.check_free()
+        clear_unfinished(self.save)
         if self.is_published:
             return
         if self.work.is_dir():
             self._check_interrupted(resume)
         self.work.mkdir(exist_ok=True)
+        clear_unfinished(self.work)
         write_safely(self.work / _JOB, json.dumps(self._job))
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.save / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            self._lock = None
-            raise CheckpointError(
-                f"another growth is being written to {str(self.save)!r}; wait for it, or give "
-                "--save another directory"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            log.warning("%s has no file locks; see that nobody else writes there", self.save)
+        path = self.save / _LOCK
+        while self._lock is None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise CheckpointError(
+                    f"another growth is being written to {str(self.save)!r}; wait for it, or give "
+                    "--save another directory"
+                ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                log.warning("%s has no file locks; see that nobody else writes there", self.save)
+            # Whoever held it before may have removed the file since it was opened.
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                self._lock = descriptor
+            else:
+                os.close(descriptor)
 
     def _check_interrupted(self, resume: bool) -> None:
         try:

@@ -1,0 +1,69 @@
+"""`megatron-growth launch`, without a cluster."""
+
+import pytest
+
+from megatron_growth import cli
+from megatron_growth.launcher.submit import is_done
+from tests.launcher.experiments import write
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["launch", str(path), *words])
+        printed = capsys.readouterr()
+        return int(stop.value.code or 0), printed.out, printed.err
+
+    return call
+
+
+def test_a_dry_run_prints_every_file_and_writes_none(tmp_path, launch):
+    code, out, err = launch("--target", "slurm", "--dry-run")
+    assert code == 0, err
+    for name in ("experiment.yaml", "base/job.sh", "deep/growth.yaml", "wide/process.sh"):
+        assert f"runs/small/{name}" in out
+    assert "#SBATCH --job-name=small-deep" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_stage_is_written_alone(tmp_path, launch):
+    assert launch("--target", "slurm", "--stage", "deep")[0] == 0
+    written = {path.name for path in (tmp_path / "runs/small").iterdir()}
+    assert written == {"experiment.yaml", "deep"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--stage", "depe"), "--stage 'depe' is none of 'small'; it has base, deep, wide"),
+        (("--set", "stages[1].layout.expert=3"), "stages[1] (deep): Megatron refuses"),
+        (("--submit",), "stages[1].nodes 2: --submit with torchrun runs here alone"),
+    ],
+)
+def test_a_mistake_is_one_line(launch, words, says):
+    code, _, err = launch("--target", "torchrun", *words)
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_a_cluster_without_its_command_is_said(launch, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, _, err = launch("--target", "slurm", "--submit")
+    assert code == 2
+    assert "'sbatch' is not on this machine" in err
+
+
+def test_a_done_stage_is_known_by_its_mark(tmp_path):
+    from megatron_growth.launcher.chain import chain
+    from megatron_growth.launcher.experiment import load_experiment
+
+    link = chain(load_experiment(write(tmp_path)))[0]
+    assert not is_done(link, tmp_path)
+    (tmp_path / link.directory).mkdir(parents=True)
+    (tmp_path / link.directory / "DONE").touch()
+    assert is_done(link, tmp_path)

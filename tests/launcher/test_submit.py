@@ -1,0 +1,77 @@
+"""What SLURM is asked for a chain, with stand-ins for its commands."""
+
+import json
+import os
+
+import pytest
+
+from megatron_growth.errors import ConfigError
+from megatron_growth.launcher.chain import chain
+from megatron_growth.launcher.experiment import load_experiment
+from megatron_growth.launcher.render import Target
+from megatron_growth.launcher.submit import submit
+from tests.launcher.experiments import write
+from tests.launcher.rendering import lines, rendered, stub
+
+ALERT = "cluster.slurm.alert='echo failed'"
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Submit the small chain; sbatch hands out 101, 102, ... and squeue tells what $QUEUE holds."""
+    stub(tmp_path / "bin", "sbatch",
+         'echo "$*" >>"$ASKED"; n=$(wc -l <"$ASKED"); echo $((100 + n))')  # fmt: skip
+    stub(tmp_path / "bin", "squeue", 'echo "$QUEUE"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    monkeypatch.setenv("QUEUE", "")
+
+    def call(*settings, stage=None):
+        rendered(tmp_path, Target.SLURM, *settings)
+        experiment = load_experiment(write(tmp_path), settings)
+        links = [link for link in chain(experiment) if stage in (None, link.stage.name)]
+        list(submit(experiment, links, Target.SLURM, tmp_path))
+        asked = [line.replace(f"{tmp_path}/runs/small/", "") for line in lines(tmp_path / "asked")]
+        return asked, json.loads((tmp_path / "runs/small/jobs.json").read_text())
+
+    return call
+
+
+def test_each_stage_waits_for_the_one_before(start):
+    asked, jobs = start()
+    assert asked == [
+        "--parsable base/job.sh",
+        "--parsable --dependency=afterok:101 --kill-on-invalid-dep=yes deep/job.sh",
+        "--parsable --dependency=afterok:102 --kill-on-invalid-dep=yes wide/job.sh",
+    ]
+    assert jobs == {"base": {"job": "101"}, "deep": {"job": "102"}, "wide": {"job": "103"}}
+
+
+def test_an_alert_waits_for_its_stage_to_fail(start):
+    asked, jobs = start(ALERT)
+    alert = "--parsable --dependency=afternotok:101 --kill-on-invalid-dep=yes base/alert.sh 101"
+    assert asked[1] == alert
+    assert jobs["base"] == {"job": "101", "alert": "102"}
+    assert jobs["deep"]["job"] == "103"
+
+
+def test_a_done_stage_is_passed_over_and_nothing_waits_for_it(start, tmp_path):
+    (tmp_path / "runs/small/base").mkdir(parents=True)
+    (tmp_path / "runs/small/base/DONE").touch()
+    asked, _ = start()
+    assert asked[0] == "--parsable deep/job.sh"
+
+
+def test_a_stage_that_is_queued_already_is_refused(start, monkeypatch):
+    start()
+    monkeypatch.setenv("QUEUE", "101 RUNNING None")
+    with pytest.raises(ConfigError, match=r"stage 'base' is job 101 already .RUNNING.; cancel it"):
+        start()
+
+
+def test_a_single_stage_waits_for_a_parent_that_still_runs(start, monkeypatch):
+    start(stage="base")
+    monkeypatch.setenv("QUEUE", "101 RUNNING None")
+    asked, jobs = start(stage="deep")
+    assert asked[1] == "--parsable --dependency=afterok:101 --kill-on-invalid-dep=yes deep/job.sh"
+    assert jobs == {"base": {"job": "101"}, "deep": {"job": "102"}}

@@ -1,0 +1,104 @@
+"""One SLURM for all tests here, and an experiment small enough for its two nodes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_growth.demo import data
+from tests.launcher.rendering import lines
+from tests.slurm import minislurm
+from tests.slurm.minislurm import MiniSlurm
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+QUICKSTART = REPOSITORY / "configs" / "experiments" / "quickstart.yaml"
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
+    reason = minislurm.missing()
+    if reason:
+        pytest.skip(reason)
+    running = minislurm.start(tmp_path_factory.mktemp("slurm"))
+    try:
+        yield running
+    finally:
+        minislurm.stop(running)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    data.prepare(directory, heldout_tokens=1025)
+    return directory
+
+
+class Chain:
+    """The quickstart, a rank on each of two nodes, below a directory of its own."""
+
+    def __init__(self, slurm: MiniSlurm, workdir: Path, corpus: Path, changes: dict) -> None:
+        self.slurm, self.workdir = slurm, workdir
+        self.directory = workdir / "runs" / "quickstart"
+        profile = {
+            "device": "cpu", "processes_per_node": 1, "save_seconds": 20, "start_minutes": 0,
+            "python": sys.executable, "environment": {"GLOO_SOCKET_IFNAME": "lo"},
+            "slurm": {"minutes": 20, "gpus": False},
+        }  # fmt: skip
+        self.profile = workdir / "cluster.yaml"
+        self.profile.write_text(yaml.safe_dump(profile))
+        self.settings = {
+            "data.train": [str(corpus / "train")], "defaults.nodes": 2,
+            "defaults.save_interval": 10, "defaults.megatron.log-interval": 1, **changes,
+        }  # fmt: skip
+
+    def launch(self) -> None:
+        """`megatron-growth launch --target slurm --submit`."""
+        self._run("launch", "--target", "slurm", "--submit", "--cluster", self.profile)
+
+    def states(self) -> dict[str, dict]:
+        """`megatron-growth status --json`, by stage."""
+        stages = json.loads(self._run("status", "--json"))
+        return {stage["name"]: stage for stage in stages}
+
+    def _run(self, command: str, *words: object) -> str:
+        arguments = [command, QUICKSTART, *words]
+        for path, value in self.settings.items():
+            arguments += ["--set", f"{path}={json.dumps(value)}"]
+        main = "import sys; from megatron_growth.cli import main; main(sys.argv[1:])"
+        done = subprocess.run(
+            [sys.executable, "-c", main, *map(str, arguments)],
+            cwd=self.workdir,
+            env=self.slurm.environment | {"PYTHONPATH": str(REPOSITORY)},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def job(self, stage: str, kind: str = "job") -> str:
+        return json.loads((self.directory / "jobs.json").read_text())[stage][kind]
+
+    def events(self, stage: str) -> list[str]:
+        return [
+            json.loads(line)["event"] for line in lines(self.directory / stage / "events.jsonl")
+        ]
+
+    def saved(self, stage: str) -> int:
+        tracker = self.directory / stage / "checkpoints" / "latest_checkpointed_iteration.txt"
+        return int(tracker.read_text() or 0) if tracker.exists() else 0
+
+    def said(self, stage: str, restart: int) -> str:
+        """All that the ranks of a start printed."""
+        logs = sorted((self.directory / stage / "ranks").glob(f"*.{restart}.train.*.log"))
+        return "".join(log.read_text(errors="replace") for log in logs)
+
+
+@pytest.fixture
+def chain(slurm: MiniSlurm, corpus: Path, tmp_path: Path):
+    def make(**changes: object) -> Chain:
+        return Chain(slurm, tmp_path, corpus, {k.replace("__", "."): v for k, v in changes.items()})
+
+    return make

@@ -1,0 +1,91 @@
+"""The quickstart chain through a real SLURM, with what happens to jobs on real clusters."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.slurm.minislurm import wait_for
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+def steps(log: str) -> list[int]:
+    """The iterations that a start trained."""
+    return [int(number) for number in re.findall(r"\] iteration +(\d+)/", log)]
+
+
+def test_a_chain_survives_a_node_failure_and_a_preemption_and_grows_once(slurm, chain):
+    run = chain()
+    run.launch()
+    base, grown = run.job("base"), run.job("grown")
+    assert slurm.state(grown) == "PENDING"
+
+    # A node goes down in the middle of the base, and comes back by itself (ReturnToService).
+    wait_for(lambda: run.saved("base") >= 20, 120)
+    slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    wait_for(lambda: slurm.state(base) == "PENDING", 60)
+    wait_for(lambda: slurm.state(base) == "COMPLETED", 120)
+    first, second = steps(run.said("base", 0)), steps(run.said("base", 1))
+    assert first[-1] + 1 - second[0] in range(10), "it costs no more than came after the last save"
+    assert second == list(range(second[0], 61))
+
+    # Something urgent takes the nodes in the middle of the grown stage.
+    wait_for(lambda: run.saved("grown") >= 70, 120)
+    words = "--partition=urgent --nodes=2 --exclusive --time=1 --output=/dev/null --wrap"
+    slurm.run("sbatch", *shlex.split(words), "sleep 1")
+    wait_for(lambda: slurm.state(grown) == "PENDING", 90)
+    stopped_at = run.saved("grown")
+    wait_for(lambda: slurm.state(grown) == "COMPLETED", 150)
+    assert run.events("grown") == ["started", "stopping", "requeued", "started", "finished"]
+    first, second = run.said("grown", 0), run.said("grown", 1)
+    assert "layers 4 -> 8, experts 8 -> 16" in first
+    assert "resuming it as it is, nothing is grown" in second
+    assert "growing" not in second
+    assert steps(first)[-1] == stopped_at, "saved before the kill: no step is lost"
+    assert steps(second) == list(range(stopped_at + 1, 101))
+    assert (run.directory / "grown" / "DONE").exists()
+
+
+def test_a_failed_stage_cancels_those_behind_it_and_alerts(slurm, chain, tmp_path):
+    run = chain(**{
+        "data.train": [str(tmp_path / "nothing-here")],
+        "cluster.preflight": False,
+        "cluster.slurm.alert": f'echo "$EXPERIMENT $STAGE $JOB" >>{tmp_path}/alerts',
+    })  # fmt: skip
+    run.launch()
+    job = run.job("base")
+    wait_for(lambda: slurm.state(job) == "FAILED", 90)
+    assert run.events("base") == ["started", "failed"]
+    wait_for(lambda: slurm.state(run.job("grown")) == "CANCELLED", 30)
+    alerts = tmp_path / "alerts"
+    wait_for(alerts.exists, 30)
+    wait_for(lambda: slurm.state(run.job("grown", "alert")) == "COMPLETED", 30)
+    assert alerts.read_text() == f"quickstart base {job}\n"
+    states = run.states()
+    assert states["base"]["state"] == "failed"
+    assert "nothing-here" in states["base"]["why"]
+    assert (states["grown"]["state"], states["grown"]["saved"]) == ("waiting", None)
+
+
+def test_at_the_walltime_it_saves_and_is_queued_again_and_when_cancelled_it_is_not(slurm, chain):
+    """With torchrun's agents this time. SLURM may send its signal up to a minute early."""
+    run = chain(**{
+        "cluster.slurm": {"tasks": "torchrun", "minutes": 3, "gpus": False},
+        "cluster.preflight": False,
+        "defaults.save_interval": 100000,
+        "stages[0].budget": {"iterations": 100000},
+    })  # fmt: skip
+    run.launch()
+    job = run.job("base")
+    wait_for(lambda: "requeued" in run.events("base"), 200)
+    saved = run.saved("base")
+    assert saved > 0, "saved, though no interval had passed"
+    assert steps(run.said("base", 0))[-1] == saved
+    wait_for(lambda: steps(run.said("base", 1)) != [], 120)
+    assert steps(run.said("base", 1))[0] == saved + 1
+    assert run.events("base")[-2:] == ["requeued", "started"]
+    slurm.run("scancel", job)
+    wait_for(lambda: job not in slurm.run("squeue", "-h", "-o", "%A").split(), 60)
+    assert slurm.state(job) == "CANCELLED"
+    assert run.events("base").count("requeued") == 1
