@@ -114,9 +114,15 @@ def _no_gpu() -> Iterator[None]:
         yield
 
 
+# What Megatron's checks read of the environment; that of whoever submits is not the job's.
+_NOT_OURS = ("CUDA_DEVICE_MAX_CONNECTIONS",)
+
+
 @contextlib.contextmanager
 def _job(world_size: int, environment: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
+    for name in _NOT_OURS:
+        os.environ.pop(name, None)
     os.environ.update(environment, RANK="0", WORLD_SIZE=str(world_size), LOCAL_RANK="0")
     try:
         yield

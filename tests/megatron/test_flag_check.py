@@ -68,6 +68,13 @@ def test_the_environment_of_the_job_is_what_counts(tmp_path):
     assert dict(os.environ) == before
 
 
+def test_the_environment_of_whoever_submits_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    more = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+    with pytest.raises(ConfigError, match="CUDA_DEVICE_MAX_CONNECTIONS to 1"):
+        checked(tmp_path, *more)
+
+
 def test_nothing_is_left_of_the_device_that_is_not_there():
     before = torch.cuda.get_device_capability
     with hopper():
