@@ -16,7 +16,6 @@ a ratio is the median of the rounds' ratios. docs/performance.md explains the ta
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -27,12 +26,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.about import about
 
 GIB = 1 << 30
 BOTH = {"depth": {"factor": 2}, "width": {"factor": 2}}
@@ -389,12 +389,8 @@ def main() -> None:
     for title, rows in tables.items():
         _print(console, title, rows)
     own.out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "rounds": own.rounds,
-    }
-    (own.out / "growing.json").write_text(json.dumps({**about, **tables}, indent=2) + "\n")
+    record = {**about(), "rounds": own.rounds, **tables}
+    (own.out / "growing.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

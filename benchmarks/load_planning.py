@@ -18,17 +18,13 @@ weights alone, and its time is multiplied by the four (weights and three states)
 
 import argparse
 import json
-import os
 import pickle
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -49,6 +45,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
+from benchmarks.about import about
 from megatron_growth import GrowthConfig, GrowthStorageReader
 
 Shape = tuple[int, ...]
@@ -299,9 +296,7 @@ def main() -> None:
             rows += _rows(name, Path(folder))
     Console(width=130).print(_table(rows))
     record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
+        **about(),
         "rows": rows,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -330,22 +325,6 @@ def _one(what: str, directory: str, name: str, which: str) -> Any:
         return write(Path(directory), base if which == "base" else base.grown())
     road, _, slow = what.partition("-")
     return measure(road, Path(directory), base.grown(), LAYOUTS[name][int(which)], slow=bool(slow))
-
-
-def machine() -> str:
-    """The processor and how many cores this process may use."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-
-
-def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
-    packages = ("torch", "numpy", "numba")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -11,14 +11,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load_planning import machine, versions
+from benchmarks.about import about
 from megatron_growth.checkpoint.noise import add_noise, normals, stream_key
 from megatron_growth.checkpoint.sigma import standard_deviation
 from megatron_growth.planning.plan import Box, Stream
@@ -92,9 +91,7 @@ def main() -> None:
     Console(width=100).print(table)
     out.mkdir(parents=True, exist_ok=True)
     record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
+        **about(),
         "values": list(SHAPE),
         "rounds": ROUNDS,
         "rates": rates,
