@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from megatron_growth.training.forward import Forward
 
 _SECONDS_FOR_RANK_0 = 2
+_UsageError: Any = typer.BadParameter.__base__  # of whichever click typer brings along
 
 app = typer.Typer(
     help="Grow a Mixture-of-Experts checkpoint while Megatron loads it, and train on.",
@@ -81,15 +82,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line, and exit. Of a torchrun's ranks, which fail together, the first speaks,
     and the launcher must not end it before."""
+    words = None if argv is None else list(argv)
     try:
-        app(None if argv is None else list(argv), prog_name="megatron-growth")
+        sys.exit(app(words, prog_name="megatron-growth", standalone_mode=False) or 0)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        _fail(f"{error.format_message()} (--help says more)")
     except GrowthError as error:
-        if os.environ.get("RANK", "0") == "0":
-            message = " ".join(str(error).splitlines())
-            print(f"megatron-growth: error: {message}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(_SECONDS_FOR_RANK_0)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename!r}: {error.strerror}; see that it is there and may be used")
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        line = " ".join(message.splitlines())
+        print(f"megatron-growth: error: {line}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_SECONDS_FOR_RANK_0)
+    sys.exit(2)
 
 
 @app.command()
@@ -322,7 +337,7 @@ def _draft(
     experiment = _configured(config, settings)
     given = load or experiment.base.load
     directory = _base_directory(experiment.base, load, config)
-    return Draft(directory, experiment.growth, mode, given)
+    return Draft(directory, experiment.growth, mode, given, experiment.continue_)
 
 
 def _written(draft: Draft, save: Path, crew: Crew, resume: bool, checksum: bool) -> Written | None:

@@ -260,6 +260,11 @@ def load_config(path: str | Path | None, settings: Sequence[str] = ()) -> Experi
             wrong.
     """
     content = {} if path is None else read_mapping(path, "a `growth:` section")
+    if "stages" in content:
+        raise ConfigError(
+            f"{path} is an experiment, which `launch` and `plan` take; give the growth.yaml of one "
+            "of its stages, which `launch` writes"
+        )
     try:
         return ExperimentConfig.model_validate(overridden(content, settings))
     except ValidationError as error:

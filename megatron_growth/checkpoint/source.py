@@ -261,6 +261,11 @@ def _backend(config: Path) -> str:
 def _read_metadata(directory: Path, reader: StorageReader) -> Metadata:
     try:
         return reader.read_metadata()
+    except PermissionError as error:
+        raise CheckpointError(
+            f"the .metadata of checkpoint {str(directory)!r} cannot be read ({error.strerror}); "
+            "give this user read access to the checkpoint"
+        ) from None
     except Exception as error:  # unpickling damaged bytes can raise anything
         raise CheckpointError(
             f"the .metadata of checkpoint {str(directory)!r} cannot be read ({_one_line(error)}); "

@@ -32,6 +32,7 @@ class Outlook:
         num_placed: of those.
         free: bytes free there.
         left_out: files beside the base's data that would not be taken along.
+        notes: what the user should know.
     """
 
     directory: Path
@@ -42,6 +43,7 @@ class Outlook:
     num_placed: int
     free: int
     left_out: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @classmethod
     def of(cls, draft: Draft, save: Path) -> "Outlook":
@@ -61,6 +63,7 @@ class Outlook:
             num_placed=len(draft.placed),
             free=site.free(),
             left_out=tuple(draft.left_out),
+            notes=draft.notes,
         )
 
 
@@ -77,7 +80,7 @@ def print_outlook(console: Console, outlook: Outlook) -> None:
     table.add_row("taken over", *_amount(outlook.placed, outlook.num_placed))
     table.add_row("free", decimal(outlook.free), "")
     console.print(table)
-    _print_left_out(console, outlook.left_out)
+    _print_notes(console, outlook)
 
 
 def print_written(console: Console, written: Written) -> None:
@@ -93,14 +96,17 @@ def print_written(console: Console, written: Written) -> None:
     table.add_row("time", f"{written.seconds:.1f} s", f"{rate:.2f} GiB/s read and written")
     table.add_row("peak memory", decimal(written.peak_memory), "")
     console.print(table)
-    _print_left_out(console, written.left_out)
+    _print_notes(console, written)
     if written.weights_only:
         console.print("weights only: load it with --no-load-optim")
 
 
-def _print_left_out(console: Console, names: tuple[str, ...]) -> None:
-    if names:
-        console.print(f"not taken along, for they are no part of the model: {', '.join(names)}")
+def _print_notes(console: Console, result: Outlook | Written) -> None:
+    if result.left_out:
+        names = ", ".join(result.left_out)
+        console.print(f"not taken along, for they are no part of the model: {names}")
+    for note in result.notes:
+        console.print(note, soft_wrap=True)
 
 
 def _amount(nbytes: int, files: int) -> tuple[str, str]:

@@ -32,6 +32,7 @@ _ONE_PASS = """
     --micro-batch-size 1 --global-batch-size 1 --mock-data --num-workers 0 --eval-iters 0
     --eval-interval 1000 --no-load-optim --no-load-rng --exit-on-missing-checkpoint
 """.split()  # noqa: SIM905
+_TOKENS = 1024  # that a comparison takes, or one sequence where that is longer
 # Largest |dlogit| that summation order explains, as a share of the largest logit.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.02}
 # Mean |dlogit| that rounding adds to that of noise, as a share of the logits' standard deviation.
@@ -143,9 +144,14 @@ def compare(
         CheckpointError: one of the models cannot be run; the message ends with what it said.
     """
     args = SourceCheckpoint(iteration_directory(base), weights_only=True).args
+    if getattr(args, "seq_length", None) is None:
+        raise CheckpointError(
+            f"{str(base)!r} has no Megatron arguments, so its model cannot be run; check without "
+            "--forward"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokens = real_tokens(args.seq_length + 1, args.padded_vocab_size)
+        tokens = real_tokens(args.seq_length, args.padded_vocab_size)
         torch.save(tokens, folder / "tokens.pt")
         second = [] if grown else ["--growth-config", str(config)]
         before = _logits(folder, "base", ["--load", str(base)])
@@ -164,9 +170,9 @@ def compared(
     """Two models' logits, and what the plan promises of them.
 
     Args:
-        before: the base's, [1, positions, vocabulary].
+        before: the base's, [rows, positions, vocabulary].
         after: the grown model's.
-        tokens: what they were computed from, and the label of the last, [1, positions + 1].
+        tokens: what they were computed from, and the label of the last, [rows, positions + 1].
         plan: the growth between the two.
         precision: `fp32`, `bf16` or `fp16`.
     """
@@ -192,13 +198,16 @@ def compared(
 
 
 def real_tokens(length: int, vocabulary: int) -> torch.Tensor:
-    """Text of Python's standard library, a token for each byte, shape [1, length]."""
+    """Text of Python's standard library, a token for each byte: rows of `length` and the label of
+    the last, some `_TOKENS` in all, shape [rows, length + 1]."""
+    rows = max(1, _TOKENS // length)
     text = b""
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text += path.read_bytes()
-        if len(text) >= length:
+        if len(text) > rows * length:
             break
-    return torch.tensor([[byte % vocabulary for byte in text[:length]]])
+    flat = torch.tensor([byte % vocabulary for byte in text[: rows * length + 1]])
+    return flat.unfold(0, length + 1, length)
 
 
 def _logits(folder: Path, name: str, argv: list[str]) -> torch.Tensor:
@@ -293,9 +302,10 @@ def _write(model: Any, own: argparse.Namespace) -> None:
     length = tokens.shape[1]
     mask = torch.ones(1, 1, length, length, device=device).triu(1).bool()
     chunk.eval()
+    positions = torch.arange(length, device=device)[None]
     with torch.no_grad():
-        logits = chunk(tokens, torch.arange(length, device=device)[None], mask)
-    torch.save(logits.cpu(), own.out)
+        logits = [chunk(row[None], positions, mask).cpu() for row in tokens]
+    torch.save(torch.cat(logits), own.out)
 
 
 if __name__ == "__main__":

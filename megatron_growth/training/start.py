@@ -24,6 +24,7 @@ from megatron_growth.config import (
 )
 from megatron_growth.errors import CheckpointError, ConfigError, PlanError
 from megatron_growth.planning.build import router_growth
+from megatron_growth.planning.keys import is_optimizer_key
 from megatron_growth.planning.plan import GrowthPlan
 from megatron_growth.planning.router import read_router
 from megatron_growth.training import arguments
@@ -97,6 +98,11 @@ def _resume(config: ExperimentConfig, argv: Sequence[str], save: Path) -> Start:
             f"{str(save)!r} holds a run grown by another configuration (see {manifest.MANIFEST} "
             "there); give --save a new directory, or the configuration it was grown by"
         )
+    if written is not None and "written" in written and config.continue_ != ContinueConfig():
+        raise ConfigError(
+            f"{str(save)!r} was written to disk by `grow`, after which a run goes on as the base "
+            "did; leave `continue:` out, or give --save a new directory to grow while loading"
+        )
     if written is not None and "continue" in written:  # older manifests do not say
         started = _recorded(ContinueConfig, written, "continue", save)
         _check_continues_as_started(started, config.continue_, save)
@@ -104,7 +110,25 @@ def _resume(config: ExperimentConfig, argv: Sequence[str], save: Path) -> Start:
     source = SourceCheckpoint(directory, weights_only=True)
     words = arguments.completed(_without(argv, {**_FIRST_LOAD_ONLY, "--load": True}), _args(source))
     message = f"{save} holds {directory.name}: resuming it as it is, nothing is grown"
+    if any(map(is_optimizer_key, source.metadata.state_dict_metadata)):
+        _check_expert_optimizer(_args(source), arguments.given_arguments(argv))
+    else:
+        words.append("--no-load-optim")
+        message += "; it holds no optimizer state"
     return Start([*words, "--load", str(save)], None, None, None, message)
+
+
+def _check_expert_optimizer(saved: Any, given: dict[str, Any]) -> None:
+    """Upstream gives experts an optimizer of their own exactly when EP > 1, and cannot load the one
+    form as the other."""
+    before = getattr(saved, "expert_model_parallel_size", None) or 1
+    now = given.get("expert_model_parallel_size", 1)
+    if (before == 1) != (now == 1):
+        raise ConfigError(
+            f"expert_model_parallel_size ({now}) resumes a checkpoint of {before}, but Megatron "
+            "cannot load optimizer state saved at 1 at more than 1, nor the other way; use a "
+            "layout like the checkpoint's, or grow while loading, which can"
+        )
 
 
 def _recorded[Section: BaseModel](

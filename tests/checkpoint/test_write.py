@@ -1,9 +1,11 @@
 """A grown checkpoint written to disk is the view, to the bit; whatever happens, a directory that
 calls itself a checkpoint is one, and the base stays as it was."""
 
+import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -23,7 +25,15 @@ from megatron_growth import GrowthConfig, GrowthStorageReader
 from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint
 from megatron_growth.checkpoint.verify import verify
-from megatron_growth.checkpoint.write import Crew, Draft, Written, data_files, grow, site
+from megatron_growth.checkpoint.write import (
+    Crew,
+    Draft,
+    Written,
+    data_files,
+    grow,
+    placing,
+    site,
+)
 from megatron_growth.errors import CheckpointError
 from tests.checkpoint import bases
 from tests.checkpoint.bases import COMMON_STATE, Model
@@ -245,10 +255,19 @@ def test_a_link_across_file_systems_is_refused_with_what_is_left(small, tmp_path
         message = refused(small, save, mode="link")
         assert "one file system" in message
         assert "use --mode copy, or --mode symlink" in message
-        shutil.rmtree(save)
         assert verify(small / NAME, write(small, save, BOTH, "symlink").directory).passed
     finally:
         shutil.rmtree(save, ignore_errors=True)
+
+
+def test_a_refused_link_leaves_the_way_free_for_a_copy(small, tmp_path, monkeypatch):
+    def other_file_system(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    with monkeypatch.context() as patched:
+        patched.setitem(placing._WAYS, "link", other_file_system)
+        assert "use --mode copy" in refused(small, tmp_path / "grown", mode="link")
+    assert verify(small / NAME, write(small, tmp_path / "grown", BOTH).directory).passed
 
 
 def test_a_file_system_without_shared_extents_says_so(small, tmp_path):
@@ -319,6 +338,31 @@ def test_a_flipped_bit_is_found_by_the_records_checksums(small, tmp_path):
     shutil.copytree(small, tmp_path / "base")
     flipped(tmp_path / "base")
     assert "fails its checksum" in refused(tmp_path / "base", tmp_path / "grown", checksum=True)
+
+
+def test_a_shifted_master_is_found_by_a_copy_and_by_a_link_with_checksum(tmp_path):
+    tensors = bases.tensors(SMALL)
+    key = "optimizer.state.param.decoder.layers.self_attention.linear_qkv.weight"
+    tensors[key] = tensors[key].roll(1, -1)
+    bases.save(tmp_path / "base" / NAME, tensors | bases.objects(SMALL), bases.megatron())
+    assert "does not round to" in refused(tmp_path / "base", tmp_path / "copied")
+    said = refused(tmp_path / "base", tmp_path / "linked", mode="link", checksum=True)
+    assert "does not round to" in said
+
+
+def test_few_files_are_open_at_a_time(tmp_path):
+    """A base has a file or two for each rank; a process may open 1024."""
+    base = base_of(tmp_path / "base", SMALL, num_files=200)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 80, before[1]))
+    try:
+        written = write(base, tmp_path / "grown", BOTH)
+        open_now = len(os.listdir("/proc/self/fd"))
+        write(base, tmp_path / "again", BOTH)
+        assert len(os.listdir("/proc/self/fd")) == open_now
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert verify(base / NAME, written.directory).passed
 
 
 @pytest.mark.parametrize("mode", ["copy", "link"])
@@ -397,6 +441,61 @@ def test_an_interrupted_growth_goes_on_where_it_was(small, tmp_path, monkeypatch
     assert len(finished) == 3
     for name, inode in finished.items():
         assert (written.directory / name).stat().st_ino == inode
+
+
+@pytest.mark.usefixtures("many_files")
+@pytest.mark.parametrize("damage", ["cut", "gone", "index empty"])
+def test_a_finished_file_that_was_damaged_is_written_again(damage, small, tmp_path, monkeypatch):
+    work = interrupted(small, tmp_path / "grown", monkeypatch)
+    file = sorted(work.glob("*.distcp"))[1]
+    if damage == "cut":
+        os.truncate(file, 100)
+    elif damage == "gone":
+        file.unlink()
+    else:
+        data_files.index_path(work, file.name).write_text("")
+    write(small, tmp_path / "grown", BOTH, resume=True)
+    write(small, tmp_path / "whole", BOTH)
+    assert data(tmp_path / "grown") == data(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("many_files")
+@pytest.mark.parametrize("step", ["manifest", "rename"])
+def test_a_growth_that_stops_at_its_last_step_is_not_written_again(
+    step, small, tmp_path, monkeypatch
+):
+    right = Path.rename
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise Stopped
+
+    def rename(path: Path, target: Path) -> Path:
+        return stop() if target.name == NAME else right(path, target)  # type: ignore[func-returns-value]
+
+    with monkeypatch.context() as patched:
+        if step == "manifest":
+            patched.setattr(manifest, "write", stop)
+        else:
+            patched.setattr(Path, "rename", rename)
+        with pytest.raises(Stopped):
+            write(small, tmp_path / "grown", BOTH)
+    again = write(small, tmp_path / "grown", BOTH, resume=True)
+    assert (again.read, again.written, again.num_written) == (0, 0, 0)
+    write(small, tmp_path / "whole", BOTH)
+    assert data(tmp_path / "grown") == data(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_comes_meanwhile_is_not_written_over(small, tmp_path, monkeypatch):
+    right = data_files.write_data_file
+
+    def meanwhile(*args: Any, **kwargs: Any) -> Any:
+        (tmp_path / "grown" / NAME).mkdir()
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr("megatron_growth.checkpoint.write.draft.write_data_file", meanwhile)
+    with pytest.raises(CheckpointError, match=f"already holds {NAME}"):
+        write(small, tmp_path / "grown", BOTH)
+    assert not (tmp_path / "grown" / TRACKER).exists()
 
 
 @pytest.mark.usefixtures("many_files")

@@ -422,7 +422,7 @@ def test_verify_runs_both_models_on_the_same_text(
     forward = json.loads(capsys.readouterr().out)["forward"]
     assert forward["expectation"].startswith(promise)
     assert forward["exact"] is (promise == "exact")
-    assert forward["tokens"] == 32
+    assert forward["tokens"] == 1024
     assert (forward["max_difference"] <= forward["tolerance"]) is (promise == "exact")
     assert (forward["bound"] is not None) is (promise == "bounded")
 

@@ -50,7 +50,7 @@ def contents_of(view: GrownView, *, placed: bool) -> list[Content]:
         view: the grown view.
         placed: records of the base stay where they are, so that no chunk is read for them.
     """
-    zeros: dict[tuple[Shape, torch.dtype], Content] = {}
+    zeros: dict[object, Content] = {}
     found = [
         content
         for tensor in view.source.tensors.values()
@@ -67,7 +67,7 @@ def contents_of(view: GrownView, *, placed: bool) -> list[Content]:
 def _tensor_contents(
     view: GrownView,
     tensor: SourceTensor,
-    zeros: dict[tuple[Shape, torch.dtype], Content],
+    zeros: dict[object, Content],
     placed: bool,
 ) -> Iterator[Content]:
     """The contents that a source tensor's chunks become; zeros, alike everywhere, go to `zeros`."""
@@ -76,11 +76,10 @@ def _tensor_contents(
         found: dict[object, Content] = {}
         for _, key, box in places:
             pieces = view.resolve(key, box)
+            same: object = tuple((p.source_key, p.source, p.transform) for p in pieces)
+            known = found
             if all(piece.transform == Zero() for piece in pieces):
                 known, same = zeros, (box.sizes, view.dtypes[key])
-            else:
-                known = found
-                same = tuple((piece.source_key, piece.source, piece.transform) for piece in pieces)
             if same not in known:
                 record = (
                     index_of((source_key, chunk))

@@ -31,8 +31,9 @@ class Crew:
 
     def __init__(self, workers: int = 1) -> None:
         self.workers = workers
-        self._rank = int(os.environ.get("RANK", "0"))
-        self._world = int(os.environ.get("WORLD_SIZE", "1"))
+        launched = torch.distributed.is_torchelastic_launched()  # else the variables are another's
+        self._world = int(os.environ["WORLD_SIZE"]) if launched else 1
+        self._rank = int(os.environ["RANK"]) if launched else 0
         self.is_first = self._rank == 0
         self._made_group = False
 
@@ -131,6 +132,7 @@ def _in_processes[Job](lanes: Sequence[Sequence[Job]], work: Callable[[Job], Non
     finally:
         for process, _ in running:
             process.terminate()
+            process.join()
 
 
 def _last_word(said: Connection) -> GrowthError | None:
@@ -154,6 +156,16 @@ def _lane[Job](
             work(job)
     except GrowthError as error:
         tell.send(error)
+    except KeyboardInterrupt:
+        pass  # the parent speaks
+    except Exception as error:
+        line = " ".join(str(error).split())
+        tell.send(
+            CheckpointError(
+                f"a worker failed ({type(error).__name__}: {line}); go on with --resume and fewer "
+                "--workers"
+            )
+        )
     tell.close()
 
 

@@ -27,6 +27,7 @@ from megatron_growth.checkpoint.write.source_files import SourceFiles
 from megatron_growth.planning.plan import Shape
 
 FILE_BYTES = 1 << 30  # a data file is closed once it holds so much
+UNFINISHED = ".part"
 _SYNC_BYTES = 128 << 20  # between two syncs: more would fill the page cache and stall in the end
 _KEPT = 4  # tensors whose memory is kept: a layer has few shapes
 _RECORD_BYTES = 1 << 10  # what torch.save adds to a tensor's bytes, about
@@ -65,12 +66,15 @@ class FileIndex:
     sha256: str | None
 
     @classmethod
-    def load(cls, path: Path) -> "FileIndex | None":
-        """The index beside a finished file, None where there is none."""
+    def of_finished(cls, directory: Path, name: str) -> "FileIndex | None":
+        """The index of a data file that is there as it was written; None where it is not, or not
+        whole, whatever happened to it."""
         try:
-            return cls(**json.loads(path.read_text()))
-        except FileNotFoundError:
+            index = cls(**json.loads(index_path(directory, name).read_text()))
+            size = (directory / name).stat().st_size
+        except (OSError, ValueError, TypeError):
             return None
+        return index if size == index.written else None
 
 
 def data_files(view: GrownView, contents: Iterable[Content], *, apart: bool) -> list[DataFile]:
@@ -132,7 +136,10 @@ def write_data_file(
     """
     reader, buffer, maker = RecordReader(view, files), RecordBuffer(), _Maker(view)
     records: list[tuple[int, int]] = []
-    with _Output(directory / file.name, hashed=bool(files.hashes)) as output:
+    # Under a name of this process's own: a worker that outlived its growth cannot write into a file
+    # that another one has finished.
+    unfinished = directory / f"{file.name}.{os.uname().nodename}.{os.getpid()}{UNFINISHED}"
+    with _Output(unfinished, hashed=bool(files.hashes)) as output:
         for unit in file.units:
             wanted = [index_of(chunk) for chunk in unit.chunks]
             wanted += [c.record for c in unit.items if c.record is not None]
@@ -149,7 +156,8 @@ def write_data_file(
                 records.append((output.size, len(record)))
                 for _ in content.targets if apart else content.targets[:1]:
                     output.write(record)
-    files.check_unchanged()
+    files.check_read()
+    unfinished.rename(directory / file.name)
     index = FileIndex(records, reader.nbytes, output.size, output.sha256)
     write_safely(index_path(directory, file.name), json.dumps(asdict(index)))
     return index

@@ -4,7 +4,7 @@ Linear in the number of chunks; pickling is most of its time.
 """
 
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -85,9 +85,3 @@ class MetadataBuilder:
             storage_data=self._storage,
         )
         write_safely(directory / ".metadata", pickle.dumps(metadata))
-
-
-def sources_placed(view: GrownView, contents: Sequence[Content]) -> list[str]:
-    """The base's data files that contents which are records of theirs lie in."""
-    storage = view.source.metadata.storage_data
-    return sorted({storage[content.record].relative_path for content in contents})

@@ -39,6 +39,10 @@ def place(source: Path, target: Path, how: Placing) -> None:
     try:
         _WAYS[how](source.resolve(), target)
     except OSError as error:
+        if not source.exists():
+            raise CheckpointError(
+                f"{str(source)!r} is gone; the base must stay where it is while it is grown"
+            ) from None
         if error.errno not in _REFUSED:
             raise
         target.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ where values are wanted, torch.load reads them from the same buffer, once.
 
 import io
 import os
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,12 +18,11 @@ from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.checkpoint.write.source_files import SourceFiles
 from megatron_growth.errors import CheckpointError
 
-_READ_BYTES = 8 << 20
 _MESSAGE = 120  # characters of torch's own, which tells a story
 
 
 class RecordReader:
-    """Reads records of the base; its files stay open until `close`.
+    """Reads records of the base.
 
     Attributes:
         nbytes: read so far.
@@ -148,34 +146,3 @@ class RecordBuffer(io.RawIOBase):
         self._memory[self._size : end] = view
         self._size = end
         return len(view)
-
-
-def check_records(view: GrownView, files: SourceFiles, name: str) -> None:
-    """Compare all records of a data file with the CRC-32 sums that torch.save put in them.
-
-    Raises:
-        CheckpointError: one of them differs.
-    """
-    reader = RecordReader(view, files)
-    for index, info in view.source.metadata.storage_data.items():
-        if info.relative_path == name:
-            (record,) = reader.read([index]).values()
-            _check_record(record, f"{index.fqn} in {str(files.directory / name)!r}")
-
-
-def _check_record(record: memoryview, where: str) -> None:
-    """Compare a record with its sums.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    try:
-        with zipfile.ZipFile(io.BufferedReader(RecordStream(record), _READ_BYTES)) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        bad = f"archive ({error})"
-    if bad:
-        raise CheckpointError(
-            f"{where} fails its checksum in {bad}: the base is damaged; use another iteration or "
-            "restore the file"
-        )

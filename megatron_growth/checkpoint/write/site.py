@@ -13,7 +13,6 @@ system drops it with the process that holds it, however that ends.
 import errno
 import fcntl
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,9 +23,8 @@ from typing import Any
 from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.durable import clear_unfinished, sync_directory, write_safely
 from megatron_growth.checkpoint.source import TRACKER
+from megatron_growth.checkpoint.write.data_files import UNFINISHED
 from megatron_growth.errors import CheckpointError
-
-log = logging.getLogger(__name__)
 
 _LOCK = ".grow.lock"
 _JOB = "job.json"
@@ -48,13 +46,21 @@ class Site:
         self.work = save / f".growing-{name}"
         self._job = json.loads(json.dumps(job))
         self._lock: int | None = None
+        self.notes: list[str] = []
 
     def check_free(self) -> None:
-        """Refuse a directory that holds a checkpoint.
+        """Refuse what is no directory that can be written to, and one that holds a checkpoint.
 
         Raises:
-            CheckpointError: it does.
+            CheckpointError: it is one of those.
         """
+        there = self._there()
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise CheckpointError(
+                f"--save {str(self.save)!r} cannot be made: {str(there)!r} is "
+                f"{'not writable for this user' if there.is_dir() else 'a file'}; give another "
+                "directory"
+            )
         if (self.save / TRACKER).exists():
             raise CheckpointError(
                 f"{str(self.save)!r} already holds a checkpoint ({TRACKER}); give --save a new "
@@ -90,6 +96,8 @@ class Site:
             self._check_interrupted(resume)
         self.work.mkdir(exist_ok=True)
         clear_unfinished(self.work)
+        for part in self.work.glob(f"*{UNFINISHED}"):
+            part.unlink()
         write_safely(self.work / _JOB, json.dumps(self._job))
 
     def _take_lock(self) -> None:
@@ -107,7 +115,9 @@ class Site:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                log.warning("%s has no file locks; see that nobody else writes there", self.save)
+                self.notes.append(
+                    f"warning: {self.save} has no file locks; see that nobody else writes there"
+                )
             # Whoever held it before may have removed the file since it was opened.
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 self._lock = descriptor
@@ -116,9 +126,9 @@ class Site:
 
     def _check_interrupted(self, resume: bool) -> None:
         try:
-            before = json.loads((self.work / _JOB).read_text())
-        except (OSError, ValueError):
-            shutil.rmtree(self.work)  # it had hardly begun, or all but ended
+            before = dict(json.loads((self.work / _JOB).read_text()))
+        except (OSError, ValueError, TypeError):
+            shutil.rmtree(self.work)  # it had hardly begun
             return
         if not resume:
             raise CheckpointError(
@@ -138,7 +148,7 @@ class Site:
         Raises:
             CheckpointError: less than `nbytes` are free.
         """
-        have = sum(path.stat().st_size for path in self.work.glob("__*") if path.is_file())
+        have = sum(path.stat().st_size for path in self.work.glob("__*.distcp"))
         free = self.free()
         if nbytes - have > free:
             raise CheckpointError(
@@ -148,22 +158,34 @@ class Site:
 
     def free(self) -> int:
         """Bytes free where it is, or will be."""
-        there = next(path for path in (self.save, *self.save.absolute().parents) if path.exists())
-        return shutil.disk_usage(there).free
+        return shutil.disk_usage(self._there()).free
+
+    def _there(self) -> Path:
+        """The directory, or the nearest above it that exists."""
+        return next(path for path in (self.save, *self.save.absolute().parents) if path.exists())
+
+    def discard(self) -> None:
+        """Remove a working directory in which nothing has been written."""
+        if not any(self.work.glob("*.index")):
+            shutil.rmtree(self.work)
 
     def publish(self, described: Mapping[str, Any]) -> None:
         """Make a finished working directory the checkpoint.
 
         Args:
             described: the manifest.
+
+        Raises:
+            CheckpointError: another checkpoint has come to be there meanwhile.
         """
-        if not self.final.exists():
-            for leftover in (self.work / _JOB, *self.work.glob("*.index")):
-                leftover.unlink(missing_ok=True)
+        self.check_free()
+        if not self.is_published:
             manifest.write(self.save, {**described, "written": self._job})
             sync_directory(self.work)
             self.work.rename(self.final)
             sync_directory(self.save)
+        for leftover in (self.final / _JOB, *self.final.glob("*.index")):
+            leftover.unlink(missing_ok=True)
         name = self.final.name
         word = name if name == "release" else str(int(name.removeprefix("iter_")))
         write_safely(self.save / TRACKER, word)

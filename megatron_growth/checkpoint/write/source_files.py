@@ -1,8 +1,8 @@
 """The base's data files while they are read: opened read-only, and watched for change.
 
 A base that somebody writes to while it is grown would give a checkpoint of two states. So size and
-time of modification of every file are taken once, before anything is read, and compared after each
-data file that was written and at the end.
+time of modification of every file are taken once, before anything is read, and compared again: of
+those that were read after each data file that was written, of all at the end.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.errors import CheckpointError
 
 INTEGRITY = "integrity.json"  # megatron/core/dist_checkpointing/validation.py
-_HASH_BYTES = 8 << 20
+_OPEN_FILES = 64  # at a time; a base has one for each rank or more
 
 
 class SourceFiles:
@@ -32,29 +32,35 @@ class SourceFiles:
         self.state = {name: self._stat(name) for name in sorted(names)}
         self.hashes = _hashes(self.directory)
         self._open: dict[str, int] = {}
+        self._read: set[str] = set()
 
     def _stat(self, name: str) -> tuple[int, int]:
         try:
             found = (self.directory / name).stat()
         except OSError as error:
-            raise CheckpointError(
-                f"{str(self.directory / name)!r} cannot be read ({error.strerror}); it must stay "
-                "where it is while the base is grown"
-            ) from None
+            raise CheckpointError(_unreadable(str(self.directory / name), error)) from None
         return found.st_size, found.st_mtime_ns
 
-    def check_unchanged(self) -> None:
-        """Refuse what was made from a base that changed.
+    def check_read(self) -> None:
+        """Refuse what was made of files that changed since, and close them."""
+        for name in sorted(self._read):
+            self._check_unchanged(name)
+        self._read.clear()
+        self.close()
 
-        Raises:
-            CheckpointError: a file has another size or time of modification than at the start.
-        """
-        for name, before in self.state.items():
-            if (now := self._stat(name)) != before:
-                raise CheckpointError(
-                    f"{str(self.directory / name)!r} was changed while it was read (size, time of "
-                    f"modification: {before} -> {now}); grow again once nothing writes to the base"
-                )
+    def check_all(self) -> None:
+        """The same for all files."""
+        for name in self.state:
+            self._check_unchanged(name)
+
+    def _check_unchanged(self, name: str) -> None:
+        """Refuse a file that has another size or time of modification than at the start."""
+        before, now = self.state[name], self._stat(name)
+        if now != before:
+            raise CheckpointError(
+                f"{str(self.directory / name)!r} was changed while it was read (size, time of "
+                f"modification: {before} -> {now}); grow again once nothing writes to the base"
+            )
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from a file.
@@ -62,25 +68,30 @@ class SourceFiles:
         Raises:
             CheckpointError: the file ends before, or cannot be read.
         """
+        path = str(self.directory / name)
         try:
-            if name not in self._open:
-                self._open[name] = os.open(self.directory / name, os.O_RDONLY)
-                os.posix_fadvise(self._open[name], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            descriptor = self._descriptor(name)
             done = 0
             while done < len(buffer):
-                count = os.preadv(self._open[name], [buffer[done:]], offset + done)
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
                 if count == 0:
                     raise CheckpointError(
-                        f"{str(self.directory / name)!r} ends at byte {offset + done} of "
-                        f"{offset + len(buffer)}: it was cut short; restore it or use another "
-                        "iteration"
+                        f"{path!r} ends at byte {offset + done} of {offset + len(buffer)}: it was "
+                        "cut short; restore it or use another iteration"
                     )
                 done += count
         except OSError as error:
-            raise CheckpointError(
-                f"{str(self.directory / name)!r} cannot be read ({error.strerror}); restore it or "
-                "use another iteration"
-            ) from None
+            raise CheckpointError(_unreadable(path, error)) from None
+
+    def _descriptor(self, name: str) -> int:
+        """An open file; the one opened longest ago is closed when there are many."""
+        if name not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[name] = os.open(self.directory / name, os.O_RDONLY)
+            os.posix_fadvise(self._open[name], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self._read.add(name)
+        return self._open[name]
 
     def check_hash(self, name: str) -> None:
         """Compare a file with Megatron's integrity manifest.
@@ -94,7 +105,10 @@ class SourceFiles:
                 f"{str(self.directory / INTEGRITY)!r} does not list {name}; the base was changed "
                 "after its save: use another iteration"
             )
-        found = sha256_of(path)
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise CheckpointError(_unreadable(str(path), error)) from None
         if found != expected:
             raise CheckpointError(
                 f"{str(path)!r} has SHA-256 {found[:16]}..., not {expected[:16]}... as {INTEGRITY} "
@@ -105,6 +119,13 @@ class SourceFiles:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
+
+
+def _unreadable(path: str, error: OSError) -> str:
+    return (
+        f"{path!r} cannot be read ({error.strerror}); the base must stay where it is, readable for "
+        "this user, while it is grown"
+    )
 
 
 def sha256_of(path: Path) -> str:

@@ -9,16 +9,16 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from megatron_growth.checkpoint.durable import sync_directory
+from megatron_growth.checkpoint.write.checks import BaseChecks
 from megatron_growth.checkpoint.write.crew import Crew
 from megatron_growth.checkpoint.write.data_files import DataFile, FileIndex
 from megatron_growth.checkpoint.write.draft import Draft, Mode
-from megatron_growth.checkpoint.write.records import check_records
 from megatron_growth.checkpoint.write.site import Site
 from megatron_growth.errors import CheckpointError
 
@@ -35,7 +35,7 @@ class Written:
         directory: its `iter_*` directory.
         mode: how.
         read: bytes read from the base, checks not counted.
-        written: bytes of the data files.
+        written: bytes of the data files; like what was read, without those of an earlier start.
         placed: bytes of the base's files that were taken over.
         num_written: data files.
         num_placed: files taken over.
@@ -43,6 +43,7 @@ class Written:
         peak_memory: largest resident set of any process, bytes.
         left_out: files beside the base's data that were not taken along.
         weights_only: it holds no optimizer state.
+        notes: what the user should know.
     """
 
     directory: Path
@@ -56,6 +57,7 @@ class Written:
     peak_memory: int
     left_out: tuple[str, ...]
     weights_only: bool
+    notes: tuple[str, ...]
 
 
 def grow(
@@ -75,8 +77,8 @@ def grow(
         crew: who writes.
         resume: go on with an interrupted growth.
         checksum: check every data file of the base first, by Megatron's integrity manifest or by
-            the sums in its records. Files that are read are checked anyway where there is a
-            manifest.
+            the sums in its records, and its masters. Files that are read are checked anyway where
+            there is a manifest.
         on_progress: called now and then, on the first rank.
 
     Returns:
@@ -87,34 +89,46 @@ def grow(
             base is untouched, and `save` is no checkpoint.
     """
     start = time.monotonic()
-    with draft.site(save) as site:
-        crew.first(lambda: _begin(draft, site, resume))
-        if not site.is_published:
-            names = list(draft.sources.state) if checksum else []
-            if draft.sources.hashes and not checksum:
-                names = draft.read_names()
-            size = {name: state[0] for name, state in draft.sources.state.items()}
-            crew.each(names, size.__getitem__, partial(_check, draft))
-            with _watched(site.work, draft.nbytes, on_progress, crew):
-                crew.each(draft.files, lambda file: file.nbytes, partial(_write, draft, site.work))
-        return crew.first(lambda: _end(draft, site, start))
+    try:
+        with draft.site(save) as site:
+            earlier = crew.first(lambda: _begin(draft, site, resume))
+            if not site.is_published:
+                _work(draft, site, crew, checksum, on_progress)
+            return crew.first(lambda: _end(draft, site, start, earlier or frozenset()))
+    except KeyboardInterrupt:
+        raise CheckpointError(
+            "interrupted; the base is untouched and no checkpoint was made: go on with --resume"
+        ) from None
+    finally:
+        draft.sources.close()
 
 
-def _begin(draft: Draft, site: Site, resume: bool) -> None:
+def _begin(draft: Draft, site: Site, resume: bool) -> frozenset[str]:
+    """Make ready; which data files an earlier start has finished."""
     with _one_line(site.save):
         site.open(resume=resume)
-        if not site.is_published:
-            site.check_space(draft.nbytes)
-            if draft.placed:
+        if site.is_published:
+            return frozenset(file.name for file in draft.files)
+        site.check_space(draft.nbytes)
+        if draft.placed:
+            try:
                 draft.place(site.work)
+            except CheckpointError:
+                site.discard()  # another mode is to find the way free
+                raise
+    found = (f.name for f in draft.files if FileIndex.of_finished(site.work, f.name))
+    return frozenset(found)
 
 
-def _check(draft: Draft, name: str) -> None:
-    """Whether a data file of the base is what was saved."""
-    if draft.sources.hashes:
-        draft.sources.check_hash(name)
-    else:
-        check_records(draft.view, draft.sources, name)
+def _work(draft: Draft, site: Site, crew: Crew, checksum: bool, on_progress: Progress) -> None:
+    names = list(draft.sources.state) if checksum else []
+    if draft.sources.hashes and not checksum:
+        names = draft.read_names()
+    size = {name: state[0] for name, state in draft.sources.state.items()}
+    checks = BaseChecks(draft.view, draft.sources)
+    crew.each(names, size.__getitem__, checks.check)
+    with _watched(site.work, draft.nbytes, on_progress, crew):
+        crew.each(draft.files, lambda file: file.nbytes, partial(_write, draft, site.work))
 
 
 def _write(draft: Draft, directory: Path, file: DataFile) -> None:
@@ -122,21 +136,22 @@ def _write(draft: Draft, directory: Path, file: DataFile) -> None:
         draft.write(file, directory)
 
 
-def _end(draft: Draft, site: Site, start: float) -> Written:
-    indices: list[FileIndex] = []
+def _end(draft: Draft, site: Site, start: float, earlier: frozenset[str]) -> Written:
+    indices: dict[str, FileIndex] = {}
     with _one_line(site.save):
         if not site.is_published:
             indices = draft.finish(site.work)
-            draft.sources.check_unchanged()
+            draft.sources.check_all()
             sync_directory(site.work)
         site.publish(draft.manifest)
+    now = [index for name, index in indices.items() if name not in earlier]
     return Written(
         directory=site.final,
         mode=draft.mode,
-        read=sum(index.read for index in indices),
-        written=sum(index.written for index in indices),
+        read=sum(index.read for index in now),
+        written=sum(index.written for index in now),
         placed=sum(draft.placed.values()),
-        num_written=len(draft.files),
+        num_written=len(now),
         num_placed=len(draft.placed),
         seconds=time.monotonic() - start,
         peak_memory=1024
@@ -146,6 +161,7 @@ def _end(draft: Draft, site: Site, start: float) -> Written:
         ),
         left_out=tuple(draft.left_out),
         weights_only=not any(t.key.state for t in draft.source.tensors.values()),
+        notes=(*draft.notes, *site.notes),
     )
 
 
@@ -172,8 +188,9 @@ def _watched(directory: Path, total: int, on_progress: Progress, crew: Crew) -> 
 
     def watch() -> None:
         while not over.wait(_POLL_SECONDS):
-            sizes = [path.stat().st_size for path in directory.glob("__*.distcp")]
-            on_progress(min(sum(sizes), total), total)
+            with suppress(OSError):  # one is renamed just now
+                done = sum(path.stat().st_size for path in directory.glob("__*.distcp*[!x]"))
+                on_progress(min(done, total), total)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
