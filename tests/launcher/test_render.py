@@ -87,6 +87,20 @@ def test_a_grown_stage_comes_with_its_growth_file(tmp_path):
     assert "--num-layers" not in files["deep/process.sh"]
 
 
+def test_a_stage_that_trains_on_starts_from_the_one_before_and_decays_over_its_own_length(tmp_path):
+    anneal = "stages[2]={name: anneal, nodes: 1, layout: {expert: 2}, global_batch_size: 16, \
+save_interval: 5, budget: {iterations: 5}, \
+continue: {learning_rate: {peak: 1.0e-3, decay_style: linear}}}"
+    files = rendered(tmp_path, Target.SLURM, anneal)
+    config = load_config(tmp_path / "runs/small/anneal/growth.yaml")
+    assert config.growth.as_is
+    assert config.base.load == Path("runs/small/deep/checkpoints")
+    assert config.continue_.learning_rate.decay_iters == 5
+    assert "-m megatron_growth.pretrain\n" in files["anneal/process.sh"]
+    assert "--train-iters 25\n" in files["anneal/process.sh"]
+    assert f"parent={tmp_path}/runs/small/deep\n" in files["anneal/job.sh"]
+
+
 def test_secrets_travel_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "do-not-tell")
     settings = ("cluster.secrets=[WANDB_API_KEY]", CONTAINER, "cluster.kubernetes.secret=keys")
