@@ -11,6 +11,7 @@ Below `runs/<experiment>/<stage>/`:
 The templates are in `launch/`, at the top of the repository and, by a link, in the package.
 """
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -61,12 +62,27 @@ def stage_files(experiment: Experiment, link: Link, target: Target, workdir: Pat
     Raises:
         ConfigError: the target cannot run this stage.
     """
-    values = _values(experiment, link, target, workdir)
     directory = workdir / link.directory
+    if target is Target.SLURM:
+        _check_plain(directory)
+    values = _values(experiment, link, target, workdir)
     files = [File(directory / name, _render(name, values)) for name in _names(experiment, target)]
     if link.growth is not None:
         files.append(File(directory / GROWTH_FILE, growth_file(link)))
     return files
+
+
+# What `#SBATCH --output=` would end at, or take for something else: `%j` is the job.
+_NOT_IN_A_DIRECTIVE = re.compile(r"""[\s"'\\#%]""")
+
+
+def _check_plain(directory: Path) -> None:
+    found = _NOT_IN_A_DIRECTIVE.search(str(directory))
+    if found:
+        raise ConfigError(
+            f"the directory {str(directory)!r} has {found[0]!r} in it, which an #SBATCH line "
+            "cannot say; launch from another, or set `runs` to one without"
+        )
 
 
 def growth_file(link: Link) -> str:

@@ -148,6 +148,8 @@ MISTAKES = [
     ("model.megatron.x={a: 1}", "model.megatron.x: input should be"),
     ("data.mock=false", "data: give `train` or `mock: true`"),
     ("cluster.slurm.minutes=1", "cluster.slurm.minutes 1: "),
+    ("cluster.slurm.account=two words", "cluster.slurm.account 'two words': string should match pattern"),
+    ("cluster.slurm.options=[qos=high]", "cluster.slurm.options[0] 'qos=high': string should match pattern"),
     ("cluster.environment={A-B: 1}", "cluster.environment 'A-B': string should match pattern"),
     ("base={iteration: 3}", "configuration: `base` names no checkpoint; set base.load"),
     ("defaults=3", "defaults 3: a section of a stage's fields is meant"),
