@@ -10,6 +10,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from megatron_growth.launcher.base import check_base
 from megatron_growth.launcher.budget import budget
 from megatron_growth.launcher.budget_tables import print_budget
 from megatron_growth.launcher.chain import Link, chain
@@ -63,6 +64,7 @@ def launch(
     if stage is not None:
         stage_named(loaded, stage)
     with quiet():
+        check_base(loaded)
         from megatron_growth.launcher.flags import check_flags  # brings torch in
 
         check_flags(loaded, links)
@@ -106,6 +108,8 @@ def status(
 def plan_experiment(path: Path, settings: list[str] | None, as_json: bool) -> None:
     """What an experiment costs, and whether it fits."""
     loaded = load_experiment(path, settings or ())
+    with quiet():
+        check_base(loaded)
     stages = budget(loaded, chain(loaded))
     if as_json:
         print(json.dumps([stage.document() for stage in stages], indent=2))
