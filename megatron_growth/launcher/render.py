@@ -26,7 +26,7 @@ from megatron_growth.config import ContinueConfig, ExperimentConfig
 from megatron_growth.errors import ConfigError
 from megatron_growth.launcher.arguments import GROWTH_FILE, stage_arguments
 from megatron_growth.launcher.chain import Link
-from megatron_growth.launcher.environment import environment
+from megatron_growth.launcher.environment import environment, modules
 from megatron_growth.launcher.experiment import Experiment
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -157,6 +157,8 @@ def _values(experiment: Experiment, link: Link, target: Target, workdir: Path) -
         "signal_seconds": cluster.save_seconds + SECONDS_FOR_A_STEP,
         "checkpoint_bytes": link.parameters.total * BYTES_OF_A_PARAMETER,
         "preflight": cluster.preflight,
+        "modules": modules(experiment, link),
+        "growth_file": str(workdir / link.directory / GROWTH_FILE) if link.growth else "",
         "secrets": cluster.secrets,
         "container": cluster.container,
         "slurm": cluster.slurm,
