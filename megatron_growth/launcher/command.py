@@ -21,6 +21,7 @@ from megatron_growth.launcher.experiment import (
     stage_named,
 )
 from megatron_growth.launcher.json_schema import experiment_schema
+from megatron_growth.launcher.provenance import environment_file, git_file
 from megatron_growth.launcher.render import File, Target, stage_files
 from megatron_growth.launcher.status import stage_status
 from megatron_growth.launcher.status_table import print_status
@@ -128,7 +129,14 @@ def schema() -> None:
 
 
 def _files(experiment: Experiment, links: list[Link], target: Target, workdir: Path) -> list[File]:
-    return [file for link in links for file in stage_files(experiment, link, target, workdir)]
+    git = git_file(workdir)
+    files = []
+    for link in links:
+        directory = workdir / link.directory
+        files += stage_files(experiment, link, target, workdir)
+        files.append(File(directory / "env.json", environment_file(link, experiment.cluster)))
+        files.append(File(directory / "git.json", git))
+    return files
 
 
 def _resolved(experiment: Experiment, workdir: Path) -> File:
