@@ -148,11 +148,19 @@ class GrowthConfig(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Seed of the noise; nothing else is random."""
 
+    as_is: bool = False
+    """Grow nothing: the base is loaded as it is, at any layout, and goes on as `continue` says, at
+    another learning rate too, which Megatron's own load refuses."""
+
     @model_validator(mode="after")
     def _something_grows(self) -> "GrowthConfig":
-        if self.depth is None and self.width is None:
+        given = [name for name in ("depth", "width") if getattr(self, name)]
+        if self.as_is and given:
+            raise ValueError(f"as_is grows nothing, and {' and '.join(given)} would; drop one")
+        if not given and not self.as_is:
             raise ValueError(
-                "neither `depth` nor `width` is given, so nothing would grow; give one of them"
+                "neither `depth` nor `width` is given, so nothing would grow; give one of them, or "
+                "`as_is: true` to train on"
             )
         return self
 

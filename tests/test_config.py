@@ -80,6 +80,7 @@ def test_defaults_are_the_papers_where_it_gives_any() -> None:
         "width": {"factor": 2, "top_k": "scale", "clones": "active", "order": "auto", "noise": {"experts": 0.01, "router": 0.01}},
         "optimizer": "rescale",
         "seed": 1234,
+        "as_is": False,
     }  # fmt: skip
 
 
@@ -148,7 +149,7 @@ MISTAKES = [
     ("growth: {width: {topk: keep}}", "FILE: unknown key 'growth.width.topk'; did you mean 'top_k'?", ""),
     ("growth: {width: {noise: {expert: 0}}}", "FILE: unknown key 'growth.width.noise.expert'; did you mean 'experts'?", ""),
     ("growth: {depth: {}}\nbase: {lode: x}", "FILE: unknown key 'base.lode'; did you mean 'load'?", ""),
-    ("growth: {depth: {}, zzz: 1}", "FILE: unknown key 'growth.zzz'; known keys: depth, width, optimizer, seed", ""),
+    ("growth: {depth: {}, zzz: 1}", "FILE: unknown key 'growth.zzz'; known keys: depth, width, optimizer, seed, as_is", ""),
     # sizes
     ("growth: {depth: {factor: 1}}", "FILE: growth.depth.factor 1: ", "greater than or equal to 2"),
     ("growth: {depth: {factor: 0}}", "FILE: growth.depth.factor 0: ", "greater than or equal to 2"),
@@ -179,6 +180,7 @@ MISTAKES = [
     ("growth: {depth: {}}\nbase: {iteration: -3}", "FILE: base.iteration -3: ", ""),
     # nothing, or something else
     ("growth: {}", "FILE: growth: neither `depth` nor `width` is given, so nothing would grow; give one of them", ""),
+    ("growth: {as_is: true, depth: {}}", "FILE: growth: as_is grows nothing, and depth would; drop one", ""),
     ("growth: {depth: null}", "FILE: growth: neither `depth` nor `width` is given", ""),
     ("base: {load: x}", "FILE: growth: ", "required"),
     ("growth: {depth: 3}", "FILE: growth.depth 3: ", ""),

@@ -1,8 +1,8 @@
 """A stage as Megatron's command line.
 
 Three tables, in this order: what makes the model, what the stage's fields say, and the free options
-of its `megatron` section. The model's are there only for training from random weights: a grown
-stage's architecture is the base's, grown, and `megatron_growth.pretrain` puts it in.
+of its `megatron` section. The model's are there only for training from random weights: any
+other stage's architecture is the base's, grown, and `megatron_growth.pretrain` puts it in.
 """
 
 import math
@@ -59,7 +59,7 @@ def stage_arguments(
     Raises:
         ConfigError: an option is given twice, or nothing is left of the walltime.
     """
-    model = {} if link.stage.growth else _model_table(experiment)
+    model = {} if link.growth else _model_table(experiment)
     own = model | _stage_table(experiment, link, walltime)
     free = without_clash(own, link.stage.megatron, f"{link.path}.megatron")
     # Evaluated with every checkpoint unless said otherwise; upstream divides by it in any case.
@@ -146,7 +146,7 @@ def _schedule(rate: LearningRateConfig) -> Table:
 
 def _checkpoints(link: Link) -> Table:
     table: Table = {"save": str(link.checkpoints), "save-interval": link.stage.save_interval}
-    if link.stage.growth is None:
+    if link.growth is None:
         return table | {"load": str(link.checkpoints)}  # its own; none at the first start
     # Upstream would hold the run to the schedule length of the base.
     return table | {

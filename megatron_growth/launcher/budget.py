@@ -98,7 +98,7 @@ def _stage(experiment: Experiment, link: Link, sunk: int | None) -> StageBudget:
         tokens=tokens,
         flops=tokens * per_token,
         sunk=sunk,
-        boundary=_boundary(link.base) if link.base else None,
+        boundary=_boundary(link.base) if link.base and stage.growth else None,
         gpus=gpus,
         memory=held,
         all_to_all=all_to_all_bytes(model, sharding),

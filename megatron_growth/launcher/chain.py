@@ -35,8 +35,9 @@ class Link:
         path: where the file says it, for errors: `stages[1]`.
         directory: everything of the stage.
         model: what it trains, grown.
-        base: the model it grows, None where it trains from random weights.
-        parent: the checkpoint it grows, None likewise.
+        growth: how its base is loaded, grown or as it is; None where it trains from random weights.
+        base: the model it starts from, None likewise.
+        parent: the checkpoint of that, None likewise.
         first: iteration it starts at.
         last: iteration it ends at, Megatron's `--train-iters`.
         tokens: in one iteration.
@@ -46,6 +47,7 @@ class Link:
     path: str
     directory: Path
     model: Geometry
+    growth: GrowthConfig | None
     base: Geometry | None
     parent: BaseConfig | None
     first: int
@@ -78,15 +80,11 @@ def _link(experiment: Experiment, stage: Stage, path: str, before: Link | None) 
     base = before.model if before else experiment.model
     model = grown(base, stage.growth, f"{path}.growth") if stage.growth else base
     tokens = stage.global_batch_size * experiment.data.seq_length
-    if stage.growth is None:
-        parent, first = None, 0
-    elif before is not None:
-        parent, first = BaseConfig(load=before.checkpoints), before.last
-    else:
-        parent = experiment.base
-        first = 0 if stage.continue_.iteration == "reset" else _iteration(experiment.base)
-    if stage.continue_.iteration == "reset":
+    parent = BaseConfig(load=before.checkpoints) if before else experiment.base
+    if parent is None or stage.continue_.iteration == "reset":
         first = 0
+    else:
+        first = before.last if before else _iteration(parent)
     iterations = _iterations(stage.budget, tokens, model)
     _check_warmup(stage, iterations, path)
     return Link(
@@ -94,7 +92,8 @@ def _link(experiment: Experiment, stage: Stage, path: str, before: Link | None) 
         path=path,
         directory=experiment.directory / stage.name,
         model=model,
-        base=base if stage.growth else None,
+        growth=(stage.growth or GrowthConfig(as_is=True)) if parent else None,
+        base=base if parent else None,
         parent=parent,
         first=first,
         last=first + iterations,
@@ -150,9 +149,8 @@ def _iterations(budget: Budget, tokens: int, model: Geometry) -> int:
     return math.ceil(wanted / tokens)
 
 
-def _iteration(base: BaseConfig | None) -> int:
-    assert base is not None  # the experiment saw to it
-    assert base.load is not None
+def _iteration(base: BaseConfig) -> int:
+    assert base.load is not None  # the experiment saw to it
     if base.iteration == "release":  # it has none
         return 0
     if base.iteration != "latest":

@@ -17,6 +17,11 @@ from megatron_growth.geometry import Positive
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
+# What stands in an #SBATCH line as it is.
+Word = Annotated[str, Field(pattern=r"^[^\s\"'\\#]+$")]
+Line = Annotated[str, Field(pattern=r"^--?[^\n]+$")]
+
+
 class Container(Strict):
     """Where the processes run. With SLURM by Pyxis and enroot."""
 
@@ -38,16 +43,16 @@ class Slurm(Strict):
     minutes: Annotated[int, Field(ge=2)] = 240
     """Walltime. A stage that is not done by then saves, and is queued again."""
 
-    account: str | None = None
+    account: Word | None = None
     """`--account`."""
 
-    partition: str | None = None
+    partition: Word | None = None
     """`--partition`."""
 
     gpus: bool = True
     """Ask for GPUs, by `--gpus-per-node`; false where the cluster has no such resource."""
 
-    options: list[str] = []
+    options: list[Line] = []
     """Further options of sbatch, `--qos=high`, each a line of the script."""
 
     requeues: Annotated[int, Field(ge=0)] = 100

@@ -10,6 +10,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from megatron_growth.launcher.base import check_base
 from megatron_growth.launcher.budget import budget
 from megatron_growth.launcher.budget_tables import print_budget
 from megatron_growth.launcher.chain import Link, chain
@@ -20,6 +21,7 @@ from megatron_growth.launcher.experiment import (
     stage_named,
 )
 from megatron_growth.launcher.json_schema import experiment_schema
+from megatron_growth.launcher.provenance import environment_file, git_file
 from megatron_growth.launcher.render import File, Target, stage_files
 from megatron_growth.launcher.status import stage_status
 from megatron_growth.launcher.status_table import print_status
@@ -63,6 +65,7 @@ def launch(
     if stage is not None:
         stage_named(loaded, stage)
     with quiet():
+        check_base(loaded)
         from megatron_growth.launcher.flags import check_flags  # brings torch in
 
         check_flags(loaded, links)
@@ -106,6 +109,8 @@ def status(
 def plan_experiment(path: Path, settings: list[str] | None, as_json: bool) -> None:
     """What an experiment costs, and whether it fits."""
     loaded = load_experiment(path, settings or ())
+    with quiet():
+        check_base(loaded)
     stages = budget(loaded, chain(loaded))
     if as_json:
         print(json.dumps([stage.document() for stage in stages], indent=2))
@@ -124,7 +129,14 @@ def schema() -> None:
 
 
 def _files(experiment: Experiment, links: list[Link], target: Target, workdir: Path) -> list[File]:
-    return [file for link in links for file in stage_files(experiment, link, target, workdir)]
+    git = git_file(workdir)
+    files = []
+    for link in links:
+        directory = workdir / link.directory
+        files += stage_files(experiment, link, target, workdir)
+        files.append(File(directory / "env.json", environment_file(link, experiment.cluster)))
+        files.append(File(directory / "git.json", git))
+    return files
 
 
 def _resolved(experiment: Experiment, workdir: Path) -> File:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from megatron_growth.geometry import Value
 from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.cluster import Cluster
+from megatron_growth.launcher.experiment import Experiment
 from megatron_growth.launcher.options import named
 
 _H100 = {
@@ -57,6 +58,29 @@ def _margins(options: Mapping[str, Value | None]) -> dict[str, str]:
     if not options.get("overlap-moe-expert-parallel-comm"):
         return {}
     return {"NVTE_FWD_LAYERNORM_SM_MARGIN": "16", "NVTE_BWD_LAYERNORM_SM_MARGIN": "16"}
+
+
+def modules(experiment: Experiment, link: Link) -> list[str]:
+    """Python modules that a stage's options need and whose lack would show when its model is built:
+    `deep_ep:Buffer` is a name in a module."""
+    if experiment.cluster.device == "cpu":
+        return []
+    options = named(link.stage.megatron)
+    needed = []
+    if options.get("transformer-impl", "transformer_engine") == "transformer_engine":
+        needed.append("transformer_engine.pytorch")
+    hybrid = options.get("moe-flex-dispatcher-backend") == "hybridep"
+    if options.get("moe-enable-deepep") or _dispatcher(experiment, link) == "flex":
+        needed.append("deep_ep:HybridEPBuffer" if hybrid else "deep_ep:Buffer")
+    return needed
+
+
+def _dispatcher(experiment: Experiment, link: Link) -> Value | None:
+    """A stage that does not name its own has that of its base."""
+    until = experiment.stages.index(link.stage) + 1
+    tables = [experiment.model.megatron, *(stage.megatron for stage in experiment.stages[:until])]
+    said = [named(table).get("moe-token-dispatcher-type") for table in tables]
+    return next((one for one in reversed(said) if one), None)
 
 
 def _hybrid_ep(options: Mapping[str, Value | None], cluster: Cluster) -> dict[str, str]:

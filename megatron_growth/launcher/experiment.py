@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_growth.config import BaseConfig, Strict, explain, read_mapping
+from megatron_growth.config import BaseConfig, ContinueConfig, Strict, explain, read_mapping
 from megatron_growth.errors import ConfigError
 from megatron_growth.geometry import Geometry
 from megatron_growth.launcher.cluster import Cluster
@@ -43,7 +43,7 @@ class Experiment(Strict):
     storage that all nodes share."""
 
     base: BaseConfig | None = None
-    """An existing checkpoint to grow from. Without it the first stage trains one."""
+    """An existing checkpoint to start from. Without it the first stage trains one."""
 
     model: Geometry
     """The base, or what the first stage trains."""
@@ -55,7 +55,7 @@ class Experiment(Strict):
     """Where it runs; `--cluster FILE` puts another profile in its place."""
 
     stages: Annotated[list[Stage], Field(min_length=1)]
-    """In order; each grows the one before."""
+    """In order; each grows the one before, or trains it on."""
 
     @model_validator(mode="after")
     def _in_order(self) -> "Experiment":
@@ -69,13 +69,6 @@ class Experiment(Strict):
                 f"the first stage ({names[0]!r}) grows, and there is no base; give `base: {{load: "
                 "DIR}` or put a stage before it that trains one"
             )
-        grown = self.stages if self.base is not None else self.stages[1:]
-        for stage in grown:
-            if stage.growth is None:
-                raise ValueError(
-                    f"stage {stage.name!r} comes after a base and grows nothing; give it a "
-                    "`growth`, or raise the budget of the stage before"
-                )
         return self
 
     @property
@@ -101,9 +94,30 @@ def load_experiment(
         content["cluster"] = extended(cluster, "a cluster profile")
     content = _with_defaults(overridden(content, settings), path)
     try:
-        return Experiment.model_validate(content)
+        experiment = Experiment.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, Experiment)}") from None
+    for index, stage in enumerate(experiment.stages):
+        _check_rate(stage, f"{path}: stages[{index}]", index == 0 and experiment.base is None)
+    return experiment
+
+
+def _check_rate(stage: Stage, path: str, from_scratch: bool) -> None:
+    """What a stage starts from decides where it says its learning rate."""
+    if from_scratch and stage.learning_rate is None:
+        raise ConfigError(
+            f"{path}: `learning_rate` is missing; training from random weights needs one"
+        )
+    if from_scratch and stage.continue_ != ContinueConfig():
+        raise ConfigError(
+            f"{path}: `continue` says what goes on from a base; this stage trains from random "
+            "weights: drop it"
+        )
+    if not from_scratch and stage.learning_rate is not None:
+        raise ConfigError(
+            f"{path}: `learning_rate` is for training from random weights; this stage has a base: "
+            "say it in `continue.learning_rate`"
+        )
 
 
 def extended(path: Path, needed: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Every stage's command line, put to Megatron before any node is paid for.
 
-A grown stage is checked as it will run: what `megatron_growth.pretrain` takes from the base and
-grows is put in by the same function, on the base's arguments as Megatron itself validated them.
+A stage with a base is checked as it will run: what `megatron_growth.pretrain` takes from the base
+and grows is put in by the same function, on the arguments of the base as Megatron validated them.
 """
 
 from argparse import Namespace
@@ -26,9 +26,9 @@ def check_flags(experiment: Experiment, links: list[Link]) -> list[Namespace]:
     for link in links:
         argv = stage_arguments(experiment, link)
         try:
-            if link.stage.growth is not None:
+            if link.growth is not None:
                 base = checked[-1] if checked else _base(experiment, link)
-                argv = flag_check.grown_command_line(argv, base, link.stage.growth)
+                argv = flag_check.grown_command_line(argv, base, link.growth)
             checked.append(_checked(experiment, link, argv))
         except GrowthError as error:
             raise ConfigError(f"{link.path} ({link.stage.name}): {error}") from None

@@ -1,6 +1,7 @@
-"""Before a stage trains: are the nodes alike, healthy, and able to write?
+"""Before a stage trains: are the nodes alike, healthy, and able to write, and is the base sound?
 
-    python -m megatron_growth.launcher.preflight --checkpoints DIR --bytes N --report FILE
+    python -m megatron_growth.launcher.preflight --checkpoints DIR --bytes N --report FILE \
+        [--growth GROWTH_FILE] [--module NAME]...
 
 started like the training itself, on every rank. A node that fails takes the job down in a minute,
 named, instead of in an hour, unnamed. Bandwidths have no published floor, so each node is compared
@@ -10,12 +11,11 @@ with the median of the job: within the node by all-reduce, and with a neighbour 
 import argparse
 import json
 import os
-import shutil
 import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +23,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from megatron_growth.launcher.node import disk_problems, gpu_problems, module_problems
+from megatron_growth.launcher.parent import parent_problem
 
 _PACKAGES = ("megatron-growth", "megatron-core", "torch", "transformer-engine", "deep-ep")
 _FLOOR = 0.8  # of the median
@@ -39,8 +42,8 @@ class Finding:
     device: str
     versions: dict[str, str | None]
     clock: float
-    disk: str | None
-    """Why checkpoints cannot be written; None where they can."""
+    problems: tuple[str, ...] = ()
+    """What it alone can tell: GPUs, modules, disk; for its node, so one rank speaks for all."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,17 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=Path, required=True)
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--growth", type=Path)
+    parser.add_argument("--module", action="append", default=[])
     options = parser.parse_args(argv)
     device = _device()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=5)
     )
     dist.barrier()  # so that clocks are read at one time
-    found = _gathered(_finding(options.checkpoints, options.bytes, device))
+    found = _gathered(_finding(options, device))
     speeds = _speeds(device)
     problems = compared(found)
     if device.type == "cuda":  # CPU ranks share their cores, and are only shown to get through
         problems += slow(speeds, [one.host for one in found])
+    problems += _of_the_base(options)
     if dist.get_rank() == 0:
         _report(options.report, found, speeds, problems)
     dist.barrier()
@@ -74,10 +80,29 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _finding(checkpoints: Path, needed: int, device: torch.device) -> Finding:
+def _finding(options: argparse.Namespace, device: torch.device) -> Finding:
+    clock = time.time()  # first, while all are at one time
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     versions = {package: _version(package) for package in _PACKAGES}
-    return Finding(socket.gethostname(), name, versions, time.time(), _disk(checkpoints, needed))
+    return Finding(socket.gethostname(), name, versions, clock, tuple(_alone(options, device)))
+
+
+def _alone(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    if device.type == "cuda":
+        yield from gpu_problems()
+    yield from module_problems(options.module)
+    yield from disk_problems(options.checkpoints, options.bytes)
+
+
+def _of_the_base(options: argparse.Namespace) -> list[str]:
+    """The first rank looks, and all end alike."""
+    said: list[str | None] = [None]
+    if options.growth and dist.get_rank() == 0:
+        said = [parent_problem(options.growth, options.checkpoints)]
+    dist.broadcast_object_list(said, src=0)
+    return [one for one in said if one]
 
 
 def _version(package: str) -> str | None:
@@ -85,20 +110,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _disk(checkpoints: Path, needed: int) -> str | None:
-    probe = checkpoints / f".preflight-{socket.gethostname()}-{os.getpid()}"
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"written")
-        probe.unlink()
-    except OSError as error:
-        return f"{str(checkpoints)!r} cannot be written to: {error}"
-    free = shutil.disk_usage(checkpoints).free
-    if free < needed:
-        return f"{str(checkpoints)!r} has {free} bytes left, and one checkpoint needs {needed}"
-    return None
 
 
 def _gathered(finding: Finding) -> list[Finding]:
@@ -109,18 +120,24 @@ def _gathered(finding: Finding) -> list[Finding]:
 
 def compared(found: Sequence[Finding]) -> list[str]:
     """What is wrong with a node, or differs between them."""
-    problems = [f"{one.host}: {one.disk}" for one in found if one.disk]
+    problems = [f"{one.host}: {problem}" for one in found for problem in one.problems]
     for one in found:
         if one.device != found[0].device:
-            problems.append(f"{one.host}: has {one.device}, {found[0].host} {found[0].device}")
+            problems.append(
+                f"{one.host}: has {one.device}, {found[0].host} {found[0].device}; --exclude the "
+                "node, or ask for one kind by a --constraint in slurm.options"
+            )
         for package, number in one.versions.items():
             first = found[0].versions[package]
             if number != first:
-                problems.append(f"{one.host}: {package} {number}, {found[0].host} has {first}")
+                problems.append(
+                    f"{one.host}: {package} {number}, {found[0].host} has {first}; give all nodes "
+                    "one image or environment"
+                )
     clocks = [one.clock for one in found]
     if max(clocks) - min(clocks) > _SKEW:
         late = min(found, key=lambda one: one.clock)
-        problems.append(f"{late.host}: its clock is {max(clocks) - min(clocks):.0f} s late")
+        problems.append(f"{late.host}: its clock is {max(clocks) - min(clocks):.0f} s late; set it")
     return sorted(set(problems))
 
 

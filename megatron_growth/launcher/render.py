@@ -2,7 +2,7 @@
 
 Below `runs/<experiment>/<stage>/`:
 
-    growth.yaml     a grown stage: the growth file, as `plan`, `verify` and `pretrain` take it
+    growth.yaml     a stage with a base: the growth file, as `plan`, `verify` and `pretrain` take it
     process.sh      what each process runs: environment and Megatron's command line
     job.sh          slurm: the job; alert.sh beside it where the cluster has an alert
     node.sh         torchrun, k8s: one node's share
@@ -11,6 +11,7 @@ Below `runs/<experiment>/<stage>/`:
 The templates are in `launch/`, at the top of the repository and, by a link, in the package.
 """
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from megatron_growth.config import ExperimentConfig
+from megatron_growth.config import ContinueConfig, ExperimentConfig
 from megatron_growth.errors import ConfigError
 from megatron_growth.launcher.arguments import GROWTH_FILE, stage_arguments
 from megatron_growth.launcher.chain import Link
-from megatron_growth.launcher.environment import environment
+from megatron_growth.launcher.environment import environment, modules
 from megatron_growth.launcher.experiment import Experiment
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -61,24 +62,48 @@ def stage_files(experiment: Experiment, link: Link, target: Target, workdir: Pat
     Raises:
         ConfigError: the target cannot run this stage.
     """
-    values = _values(experiment, link, target, workdir)
     directory = workdir / link.directory
+    if target is Target.SLURM:
+        _check_plain(directory)
+    values = _values(experiment, link, target, workdir)
     files = [File(directory / name, _render(name, values)) for name in _names(experiment, target)]
-    if link.stage.growth is not None:
+    if link.growth is not None:
         files.append(File(directory / GROWTH_FILE, growth_file(link)))
     return files
 
 
+# What `#SBATCH --output=` would end at, or take for something else: `%j` is the job.
+_NOT_IN_A_DIRECTIVE = re.compile(r"""[\s"'\\#%]""")
+
+
+def _check_plain(directory: Path) -> None:
+    found = _NOT_IN_A_DIRECTIVE.search(str(directory))
+    if found:
+        raise ConfigError(
+            f"the directory {str(directory)!r} has {found[0]!r} in it, which an #SBATCH line "
+            "cannot say; launch from another, or set `runs` to one without"
+        )
+
+
 def growth_file(link: Link) -> str:
-    """The growth file of a grown stage."""
-    assert link.stage.growth is not None
+    """The growth file of a stage that has a base."""
+    assert link.growth is not None
     assert link.parent is not None
-    config = ExperimentConfig(
-        base=link.parent, growth=link.stage.growth, continue_=link.stage.continue_
-    )
+    config = ExperimentConfig(base=link.parent, growth=link.growth, continue_=_continue(link))
     content = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-    head = f"# How stage {link.stage.name!r} grows. Written by `megatron-growth launch`.\n"
+    head = f"# How stage {link.stage.name!r} starts. Written by `megatron-growth launch`.\n"
     return head + yaml.safe_dump(content, sort_keys=False)
+
+
+def _continue(link: Link) -> ContinueConfig:
+    """A new schedule that decays does so over the stage; Megatron would decay to `--train-iters`,
+    which counts the stages before as well."""
+    settings = link.stage.continue_
+    rate = settings.learning_rate
+    if rate == "keep" or rate.decay_style == "constant" or rate.decay_iters is not None:
+        return settings
+    whole = rate.model_copy(update={"decay_iters": link.last - link.first})
+    return settings.model_copy(update={"learning_rate": whole})
 
 
 def _names(experiment: Experiment, target: Target) -> Iterator[str]:
@@ -121,7 +146,7 @@ def _values(experiment: Experiment, link: Link, target: Target, workdir: Path) -
         "checkpoints": str(workdir / link.checkpoints),
         "parent": _parent(experiment, link, workdir),
         "last": link.last,
-        "module": "megatron_growth.pretrain" if stage.growth else "megatron_growth.train",
+        "module": "megatron_growth.pretrain" if link.growth else "megatron_growth.train",
         "arguments": option_lines(words),
         "environment": environment(link, cluster),
         "nodes": stage.nodes,
@@ -132,6 +157,8 @@ def _values(experiment: Experiment, link: Link, target: Target, workdir: Path) -
         "signal_seconds": cluster.save_seconds + SECONDS_FOR_A_STEP,
         "checkpoint_bytes": link.parameters.total * BYTES_OF_A_PARAMETER,
         "preflight": cluster.preflight,
+        "modules": modules(experiment, link),
+        "growth_file": str(workdir / link.directory / GROWTH_FILE) if link.growth else "",
         "secrets": cluster.secrets,
         "container": cluster.container,
         "slurm": cluster.slurm,

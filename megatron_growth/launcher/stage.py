@@ -1,4 +1,4 @@
-"""A stage of an experiment: training from random weights, or growth and training on."""
+"""A stage of an experiment: training from random weights, training on, or that after growth."""
 
 from pathlib import Path
 from typing import Annotated
@@ -60,14 +60,15 @@ class Stage(Strict):
     """Its directory and part of its jobs' names: lower-case letters, digits and dashes."""
 
     growth: GrowthConfig | None = None
-    """How the stage before, or the base, is grown; the first stage of an experiment without a base
-    trains from random weights and has none."""
+    """How the stage before, or the base, is grown. Without it a stage trains that on as it is; the
+    first stage of an experiment without a base trains from random weights."""
 
     continue_: Annotated[ContinueConfig, Field(alias="continue")] = ContinueConfig()
-    """What goes on from what was grown, and what starts anew."""
+    """What goes on from the stage before, or the base, and what starts anew. `decay_iters` of a
+    rate that decays is the stage's budget by default."""
 
     learning_rate: LearningRateConfig | None = None
-    """Of training from random weights. A grown stage has its own in `continue`."""
+    """Of training from random weights. Any other stage has its own in `continue`."""
 
     nodes: Positive
     """Nodes, of `processes_per_node` each."""
@@ -90,21 +91,6 @@ class Stage(Strict):
     megatron: Options = {}
     """Whatever else says how the stage runs, by the names of Megatron's options without `--`:
     `bf16: true`, `recompute-modules: [moe_act]`; null takes one of the defaults back."""
-
-    @model_validator(mode="after")
-    def _one_rate(self) -> "Stage":
-        if self.growth is not None and self.learning_rate is not None:
-            raise ValueError(
-                "`learning_rate` is for training from random weights; this stage grows: say it in "
-                "`continue.learning_rate`"
-            )
-        if self.growth is None and self.learning_rate is None:
-            raise ValueError("`learning_rate` is missing; training from random weights needs one")
-        if self.growth is None and self.continue_ != ContinueConfig():
-            raise ValueError(
-                "`continue` says what goes on from a grown base; this stage grows nothing: drop it"
-            )
-        return self
 
 
 class Data(Strict):

@@ -122,7 +122,7 @@ def _saved(directory: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _logs(directory: Path) -> list[str]:
+def ends_of_logs(directory: Path) -> list[str]:
     """The ends of the ranks' outputs, the latest written first."""
     paths = (directory / "ranks").glob("*.log")
     newest = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
@@ -136,7 +136,7 @@ def _end(path: Path) -> str:
 
 
 def _progress(link: Link, directory: Path) -> Progress | None:
-    for text in _logs(directory):
+    for text in ends_of_logs(directory):
         found = list(_ITERATION.finditer(text))
         if found:
             iteration, seconds = int(found[-1]["iteration"]), float(found[-1]["ms"]) / 1000
@@ -151,7 +151,7 @@ def _progress(link: Link, directory: Path) -> Progress | None:
 
 
 def _cause(directory: Path) -> str:
-    logs: Sequence[str] = _logs(directory)
+    logs: Sequence[str] = ends_of_logs(directory)
     for pattern in _CAUSES:
         for text in logs:
             match = pattern.search(text)

@@ -67,7 +67,7 @@ def _record(begin: start.Start) -> None:
     """The base is in the model: write the manifest beside where the run's checkpoints will be."""
     save = given_arguments(begin.argv).get("save")
     if save and start.is_first_rank():
-        say(f"grown and loaded; {manifest.write(save, begin.manifest or {})} says how")
+        say(f"base loaded; {manifest.write(save, begin.manifest or {})} says how")
 
 
 def say(message: str) -> None:

@@ -176,12 +176,7 @@ def _grow(
     words += _checkpoint_step(load, iteration)
     if plan.optimizer == "reset" and not given.get("no_load_optim"):
         words.append("--no-load-optim")
-    message = (
-        f"growing {directory}: layers {plan.source.num_layers} -> {plan.target.num_layers}, "
-        f"experts {plan.source.num_experts} -> {plan.target.num_experts}, "
-        f"top-k {plan.source.top_k} -> {plan.target.top_k}; optimizer {plan.optimizer}; "
-        f"plan {plan.fingerprint[:12]}"
-    )
+    message = _beginning(directory, plan, config.growth)
     message += _undone(plan, given)
     message += "".join(f"\n  {line}" for line in _router_notes(config.growth, source, given))
     return Start(
@@ -191,6 +186,18 @@ def _grow(
         manifest.describe(source, load, config.growth, plan, config.continue_),
         message,
     )
+
+
+def _beginning(directory: Path, plan: GrowthPlan, growth: GrowthConfig) -> str:
+    if growth.as_is:
+        what = f"going on from {directory} as it is"
+    else:
+        what = (
+            f"growing {directory}: layers {plan.source.num_layers} -> {plan.target.num_layers}, "
+            f"experts {plan.source.num_experts} -> {plan.target.num_experts}, "
+            f"top-k {plan.source.top_k} -> {plan.target.top_k}"
+        )
+    return f"{what}; optimizer {plan.optimizer}; plan {plan.fingerprint[:12]}"
 
 
 def _checkpoint_step(load: Path, iteration: int | str) -> list[str]:

@@ -38,6 +38,12 @@ def test_the_boundary_speaks_for_interposition_or_not(tmp_path):
     )
 
 
+def test_a_stage_that_trains_on_has_no_boundary_and_its_compute_is_sunk(tmp_path):
+    base, deep, anneal = of(tmp_path, "stages[2].growth=null")
+    assert (anneal.parameters, anneal.boundary) == (deep.parameters, None)
+    assert anneal.sunk == base.flops + deep.flops
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_growth.launcher.chain import chain
-from megatron_growth.launcher.environment import environment
+from megatron_growth.launcher.environment import environment, modules
 from megatron_growth.launcher.experiment import load_experiment
 from tests.launcher.experiments import write
 
@@ -50,3 +50,33 @@ def test_overlap_leaves_multiprocessors_to_communication(tmp_path):
 def test_a_cpu_sees_no_gpu(tmp_path):
     found = of(tmp_path, "cluster.device=cpu")
     assert found == {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+FLEX = "{0}.megatron.moe-token-dispatcher-type=flex"
+HYBRID = "stages[1].megatron.moe-flex-dispatcher-backend=hybridep"
+ENGINE = "transformer_engine.pytorch"
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ((), [ENGINE]),
+        (("stages[1].megatron.transformer-impl=local",), []),
+        ((FLEX.format("stages[1]"),), [ENGINE, "deep_ep:Buffer"]),
+        ((FLEX.format("stages[1]"), HYBRID), [ENGINE, "deep_ep:HybridEPBuffer"]),
+        ((HYBRID,), [ENGINE]),
+        ((FLEX.format("model"),), [ENGINE, "deep_ep:Buffer"]),
+        ((FLEX.format("stages[0]"),), [ENGINE, "deep_ep:Buffer"]),
+        ((FLEX.format("stages[2]"),), [ENGINE]),
+        (
+            (FLEX.format("model"), "stages[1].megatron.moe-token-dispatcher-type=alltoall"),
+            [ENGINE],
+        ),
+        (("cluster.device=cpu",), []),
+    ],
+)
+def test_the_modules_that_a_stage_needs_follow_its_options_and_those_of_its_base(
+    tmp_path, settings, needed
+):
+    experiment = load_experiment(write(tmp_path), settings)
+    assert modules(experiment, chain(experiment)[1]) == needed

@@ -52,6 +52,25 @@ def test_a_reset_iteration_counts_from_zero(tmp_path):
     assert [(s.first, s.last) for s in links] == [(0, 10), (0, 10), (10, 15)]
 
 
+def test_a_later_stage_that_grows_nothing_trains_on(tmp_path):
+    _, deep, anneal = chain(load_experiment(write(tmp_path), ["stages[2].growth=null"]))
+    assert (anneal.model, anneal.base) == (deep.model, deep.model)
+    assert anneal.growth.as_is
+    assert anneal.parent.load == deep.checkpoints
+    assert (anneal.first, anneal.last) == (20, 25)
+
+
+def test_an_existing_base_may_be_trained_on(tmp_path):
+    content = copy.deepcopy(CONTENT)
+    content |= {"base": {"load": "base", "iteration": 7}, "stages": [content["stages"][0]]}
+    path = write(tmp_path, content)
+    with pytest.raises(ConfigError, match=r"stages\[0\]: `learning_rate` is for .* has a base"):
+        load_experiment(path)
+    (link,) = chain(load_experiment(path, ["stages[0].learning_rate=null"]))
+    assert link.growth.as_is
+    assert (link.first, link.last) == (7, 17)
+
+
 def test_a_pattern_of_dense_layers_grows_with_the_layers(tmp_path):
     settings = ["model.moe_layer_freq='[0]*1+[1]*3'", "model.ffn_hidden_size=128"]
     links = chain(load_experiment(write(tmp_path), settings))
@@ -115,8 +134,9 @@ MISTAKES = [
     ("stages[0].budget={}", "stages[0].budget: nothing given; give one"),
     ("stages[0].learning_rate=null", "stages[0]: `learning_rate` is missing"),
     ("stages[1].learning_rate={peak: 1.0e-3}", "stages[1]: `learning_rate` is for training from random weights"),
-    ("stages[0].continue={iteration: reset}", "stages[0]: `continue` says what goes on from a grown base"),
-    ("stages[0].growth={depth: {}}", "stages[0]: `learning_rate` is for"),
+    ("stages[0].continue={iteration: reset}", "stages[0]: `continue` says what goes on from a base"),
+    ("stages[0].growth={depth: {}}", "configuration: the first stage ('base') grows, and there is no base"),
+    ("stages[1].growth={as_is: true, depth: {}}", "stages[1].growth: as_is grows nothing, and depth would; drop one"),
     ("stages[1].name=base", "configuration: two of the stages"),
     ("stages[1].name=Deep", "stages[1].name 'Deep': "),
     ("stages[1].layout.pipline=2", "unknown key 'stages[1].layout.pipline'; did you mean 'pipeline'?"),
@@ -128,6 +148,8 @@ MISTAKES = [
     ("model.megatron.x={a: 1}", "model.megatron.x: input should be"),
     ("data.mock=false", "data: give `train` or `mock: true`"),
     ("cluster.slurm.minutes=1", "cluster.slurm.minutes 1: "),
+    ("cluster.slurm.account=two words", "cluster.slurm.account 'two words': string should match pattern"),
+    ("cluster.slurm.options=[qos=high]", "cluster.slurm.options[0] 'qos=high': string should match pattern"),
     ("cluster.environment={A-B: 1}", "cluster.environment 'A-B': string should match pattern"),
     ("base={iteration: 3}", "configuration: `base` names no checkpoint; set base.load"),
     ("defaults=3", "defaults 3: a section of a stage's fields is meant"),

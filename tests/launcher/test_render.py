@@ -87,6 +87,41 @@ def test_a_grown_stage_comes_with_its_growth_file(tmp_path):
     assert "--num-layers" not in files["deep/process.sh"]
 
 
+def test_a_stage_that_trains_on_starts_from_the_one_before_and_decays_over_its_own_length(tmp_path):
+    anneal = "stages[2]={name: anneal, nodes: 1, layout: {expert: 2}, global_batch_size: 16, \
+save_interval: 5, budget: {iterations: 5}, \
+continue: {learning_rate: {peak: 1.0e-3, decay_style: linear}}}"
+    files = rendered(tmp_path, Target.SLURM, anneal)
+    config = load_config(tmp_path / "runs/small/anneal/growth.yaml")
+    assert config.growth.as_is
+    assert config.base.load == Path("runs/small/deep/checkpoints")
+    assert config.continue_.learning_rate.decay_iters == 5
+    assert "-m megatron_growth.pretrain\n" in files["anneal/process.sh"]
+    assert "--train-iters 25\n" in files["anneal/process.sh"]
+    assert f"parent={tmp_path}/runs/small/deep\n" in files["anneal/job.sh"]
+
+
+@pytest.mark.parametrize("name", ["two words", "100%", "it's", "a#b"])
+def test_a_directory_that_sbatch_would_misread_is_refused_and_others_run_in_it(tmp_path, name):
+    workdir = tmp_path / name
+    python = stub(workdir / "bin", "python", 'printf "%s\\n" "$PWD" "$@"')
+    with pytest.raises(ConfigError, match=r"cannot say; launch from another, or set `runs`"):
+        rendered(workdir, Target.SLURM)
+    with pytest.raises(ConfigError, match=r"cannot say"):
+        rendered(tmp_path, Target.SLURM, f"runs={json.dumps(name)}")
+    words = [f"cluster.python={json.dumps(str(python))}", "stages[0].nodes=1"]
+    rendered(workdir, Target.TORCHRUN, *words, f"runs={json.dumps('runs of ' + name)}")
+    stage = workdir / f"runs of {name}/small/base"
+    done = subprocess.run(["bash", stage / "node.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, "it ends, and nothing was trained"
+    said = (stage / "ranks/node0.train.log").read_text().splitlines()
+    assert said[0] == str(workdir)
+    assert said[said.index("--save") + 1] == f"runs of {name}/small/base/checkpoints"
+    assert [json.loads(line)["event"] for line in (stage / "events.jsonl").open()] == [
+        "started", "failed",
+    ]  # fmt: skip
+
+
 def test_secrets_travel_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "do-not-tell")
     settings = ("cluster.secrets=[WANDB_API_KEY]", CONTAINER, "cluster.kubernetes.secret=keys")

@@ -137,12 +137,24 @@ def runs(folder: Path) -> dict[str, Result]:
     for rule in ("rescale", "copy", "reset"):
         file = config_file(folder / f"{rule}.yaml", base, {"width": EXACT_WIDTH, "optimizer": rule})
         jobs.append(Job(rule, ["--growth-config", file, *continuing(STEPS, f"{PP2} {EP2}")]))
+    jobs += _as_is_jobs(folder, base)
     jobs += _format_jobs(folder)
     jobs += _settings_jobs(folder, base)
     jobs += _restarted_jobs(folder, base)
     default = changed(RUN, dist_ckpt_optim_fully_reshardable=None)
     jobs.append(_base("default format", default, EP2, folder / "default format"))
     return run_jobs(4, jobs, timeout=1200, directory=folder / "driver")
+
+
+def _as_is_jobs(folder: Path, base: Path) -> list[Job]:
+    """Nothing grows: another layout, and then another rate as well."""
+    growth = {"as_is": True, "optimizer": "rescale"}
+    jobs = []
+    for name, settings in (("as is", {}), ("as is, rate warmed up anew", NEW_RATE)):
+        file = config_file(folder / f"{name}.yaml", base, growth, settings)
+        steps = 5 if settings else STEPS
+        jobs.append(Job(name, ["--growth-config", file, *continuing(steps, f"{PP2} {EP2}")]))
+    return jobs
 
 
 def _format_jobs(folder: Path) -> list[Job]:
@@ -207,6 +219,14 @@ def test_rescaled_moments_follow_the_run_that_was_not_grown(runs: dict[str, Resu
     assert distance["rescale"] < 5e-6
     assert distance["copy"] > 100 * distance["rescale"]
     assert distance["reset"] > 100 * distance["rescale"]
+
+
+@pytest.mark.slow
+def test_a_base_trains_on_as_it_is_at_another_layout_and_rate(runs: dict[str, Result]) -> None:
+    assert _distance(runs["as is"], runs["not grown"]) < 5e-6
+    anew = runs["as is, rate warmed up anew"]
+    assert anew.learning_rates == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3])
+    assert anew.losses[0] == pytest.approx(runs["not grown"].losses[0], abs=5e-6)
 
 
 @pytest.mark.slow
@@ -314,7 +334,7 @@ def test_the_default_format_is_refused_resharded_and_then_grown(
         4, "megatron_growth.pretrain", [*argv, "--load", str(new), "--save", str(folder / "last")]
     )
     assert grown.returncode == 0, grown.stderr[-3000:]
-    assert "grown and loaded" in grown.stdout
+    assert "base loaded" in grown.stdout
 
 
 def _torchrun(ranks: int, module: str, argv: list[str]) -> subprocess.CompletedProcess[str]:

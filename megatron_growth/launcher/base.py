@@ -1,0 +1,79 @@
+"""Is an existing base what the experiment says it is?
+
+`plan` counts, and the flag check divides, by `model`; training takes the shape from the checkpoint.
+Where the checkpoint can be read from here the two are held against each other, field by field.
+Where it cannot (a laptop plans for a cluster) nothing is said.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_growth.errors import ConfigError
+from megatron_growth.geometry import Geometry
+from megatron_growth.launcher.experiment import Experiment
+from megatron_growth.planning.patterns import written_out
+
+# Sizes that mean something only beside another field.
+_LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+_HEADS = ("num_query_groups", "kv_channels")
+_ELSEWHERE = ("megatron", "vocab_size", "ffn_hidden_size", "moe_layer_freq", *_LATENT, *_HEADS)
+_PLAIN = tuple(name for name in Geometry.model_fields if name not in _ELSEWHERE)
+
+
+def check_base(experiment: Experiment) -> None:
+    """Hold `model` against the arguments of the base, where there is one that can be read.
+
+    Raises:
+        ConfigError: they differ; or the base has no arguments.
+        CheckpointError: the base is no checkpoint that can be loaded.
+    """
+    base = experiment.base
+    if base is None or base.load is None or not os.access(base.load, os.R_OK | os.X_OK):
+        return
+    from megatron_growth.checkpoint.source import (  # brings torch in
+        SourceCheckpoint,
+        iteration_directory,
+    )
+
+    directory = iteration_directory(base.load, base.iteration)
+    args = SourceCheckpoint(directory, weights_only=True).args
+    if args is None:
+        raise ConfigError(
+            f"base.load {str(base.load)!r}: {directory.name} has no Megatron arguments, so "
+            "training could not know the model; use a checkpoint that Megatron's training saved"
+        )
+    for name, said, has in _differences(experiment.model, args):
+        raise ConfigError(
+            f"model.{name} {said!r}: the base {str(directory)!r} has {has!r}; describe the base "
+            "that is there, or name another in base.load"
+        )
+
+
+def _differences(model: Geometry, args: Namespace) -> Iterator[tuple[str, Any, Any]]:
+    """Fields that differ: name, what the experiment says, what the checkpoint has."""
+    for name, said in _described(model, args):
+        has = getattr(args, name, said)  # an argument that its Megatron did not know yet
+        if (said or None) != (has or None):  # None, 0 and False are all "has none"
+            yield name, said, has
+    layers = written_out("moe_layer_freq", model.moe_layer_freq, model.num_layers)
+    freq = getattr(args, "moe_layer_freq", 1)
+    if layers != written_out("moe_layer_freq", freq, model.num_layers):
+        yield "moe_layer_freq", model.moe_layer_freq, freq
+    rows = getattr(args, "padded_vocab_size", None) or model.vocab_size
+    if model.vocab_size > rows:
+        yield "vocab_size", model.vocab_size, rows
+
+
+def _described(model: Geometry, args: Namespace) -> Iterator[tuple[str, Any]]:
+    for name in _PLAIN:
+        yield name, getattr(model, name)
+    if not all(model.moe_layers):
+        yield "ffn_hidden_size", model.ffn_hidden_size
+    if model.multi_latent_attention:
+        yield from ((name, getattr(model, name)) for name in _LATENT)
+        return
+    yield "kv_channels", model.head_size
+    if model.num_query_groups or getattr(args, "group_query_attention", False):
+        yield "num_query_groups", model.num_query_groups or model.num_attention_heads
