@@ -42,7 +42,7 @@ def check_base(experiment: Experiment) -> None:
     if args is None:
         raise ConfigError(
             f"base.load {str(base.load)!r}: {directory.name} has no Megatron arguments, so "
-            "training could not know the model; use a checkpoint that Megatron's training saved"
+            "training could not know the model; let Megatron rewrite it (docs/from-hugging-face.md)"
         )
     for name, said, has in _differences(experiment.model, args):
         raise ConfigError(

@@ -75,6 +75,14 @@ def test_one_that_is_not_there_is_for_the_cluster_to_find(experiment):
     check_base(experiment("base.load=/on/the/cluster")[1])
 
 
+def test_one_without_arguments_is_refused(experiment):
+    _, loaded = experiment()
+    state = bases.tensors(bases.Model(layers=4, experts=8, mtp=False))
+    bases.save(loaded.base.load / "iter_0000007", state)
+    with pytest.raises(ConfigError, match=r"iter_0000007 has no Megatron arguments, .* rewrite it"):
+        check_base(loaded)
+
+
 def test_an_iteration_that_is_not_there_is_said(experiment):
     with pytest.raises(CheckpointError, match=r"iter_0000007' does not exist; iterations there"):
         check_base(experiment(directory="iter_0000009")[1])

@@ -1,4 +1,4 @@
-"""The quickstart on two node agents, stopped in the middle of the grown stage."""
+"""The quickstart on two node agents, stopped in the middle of the grown stage, and an anneal."""
 
 import json
 import os
@@ -12,12 +12,24 @@ from pathlib import Path
 import pytest
 
 from megatron_growth.demo import data
+from megatron_growth.launcher.experiment import load_experiment
 from megatron_growth.launcher.render import Target
+from tests.launcher.experiments import write
 from tests.launcher.rendering import lines, rendered
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "configs" / "experiments" / "quickstart.yaml"
+
+
+# The third stage trains the second on, at another layout and a rate that falls to nothing.
+ANNEAL = {
+    "name": "annealed",
+    "growth": None,
+    "layout": {"expert": 2},
+    "continue": {"learning_rate": {"peak": 1e-3, "decay_style": "linear"}},
+    "budget": {"iterations": 5},
+}
 
 
 class Agents:
@@ -65,7 +77,9 @@ def test_two_agents_train_grow_are_stopped_and_go_on_where_they_were(tmp_path):
         "stages[1].budget": {"iterations": 40},
     }  # fmt: skip
     words = [f"{path}={json.dumps(value)}" for path, value in settings.items()]
-    rendered(tmp_path, Target.TORCHRUN, *words, experiment=QUICKSTART)
+    experiment = load_experiment(QUICKSTART, words).model_dump(mode="json", by_alias=True)
+    experiment["stages"].append({**experiment["stages"][1], **ANNEAL})
+    rendered(tmp_path, Target.TORCHRUN, experiment=write(tmp_path, experiment))
     agents = Agents(tmp_path)
 
     assert agents.run("grown") == [2, 2], "its base is not done"
@@ -88,3 +102,12 @@ def test_two_agents_train_grow_are_stopped_and_go_on_where_they_were(tmp_path):
         "refused", "refused", "started", "stopped", "started", "finished",
     ]  # fmt: skip
     assert (agents.root / "grown" / "DONE").exists()
+
+    assert agents.run("annealed") == [0, 0]
+    assert agents.iterations("annealed") == list(range(51, 56))
+    text = (agents.root / "annealed/ranks/node1.train.log").read_text(errors="replace")
+    rates = [float(rate) for rate in re.findall(r"learning rate: (\S+)", text)]
+    assert rates == pytest.approx([8e-4, 6e-4, 4e-4, 2e-4, 0], abs=1e-9)
+    before = (agents.root / "grown/ranks/node1.train.log").read_text(errors="replace")
+    (first, *_), (*_, last) = (re.findall(r"lm loss: (\S+)", said) for said in (text, before))
+    assert float(first) == pytest.approx(float(last), abs=0.1), "it goes on where that ended"
