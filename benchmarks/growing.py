@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.about import about
+from megatron_growth.checkpoint.write.writer import peak_memory
 
 GIB = 1 << 30
 BOTH = {"depth": {"factor": 2}, "width": {"factor": 2}}
@@ -127,10 +128,7 @@ def _measured() -> Iterator[Measured]:
     yield found
     found["seconds"] = time.monotonic() - start
     found["cpu_seconds"] = _cpu() - before
-    found["memory_peak"] = 1024.0 * max(
-        resource.getrusage(who).ru_maxrss
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    found["memory_peak"] = float(peak_memory())
 
 
 def _cpu() -> float:

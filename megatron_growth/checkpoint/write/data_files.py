@@ -5,14 +5,11 @@ back by one worker. So the bytes are the same for any number of workers, and a g
 interrupted goes on file by file: a file is finished when its index lies beside it.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -22,13 +19,13 @@ from megatron_growth.checkpoint.units import Unit, group, index_of
 from megatron_growth.checkpoint.values import Values, narrow, parts_of
 from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.checkpoint.write.contents import Content
+from megatron_growth.checkpoint.write.output import Output
 from megatron_growth.checkpoint.write.records import LoadedChunks, RecordBuffer, RecordReader
 from megatron_growth.checkpoint.write.source_files import SourceFiles
 from megatron_growth.planning.plan import Shape
 
 FILE_BYTES = 1 << 30  # a data file is closed once it holds so much
 UNFINISHED = ".part"
-_SYNC_BYTES = 128 << 20  # between two syncs: more would fill the page cache and stall in the end
 _KEPT = 4  # tensors whose memory is kept: a layer has few shapes
 _RECORD_BYTES = 1 << 10  # what torch.save adds to a tensor's bytes, about
 
@@ -139,7 +136,7 @@ def write_data_file(
     # Under a name of this process's own: a worker that outlived its growth cannot write into a file
     # that another one has finished.
     unfinished = directory / f"{file.name}.{os.uname().nodename}.{os.getpid()}{UNFINISHED}"
-    with _Output(unfinished, hashed=bool(files.hashes)) as output:
+    with Output(unfinished, hashed=bool(files.hashes)) as output:
         for unit in file.units:
             wanted = [index_of(chunk) for chunk in unit.chunks]
             wanted += [c.record for c in unit.items if c.record is not None]
@@ -148,14 +145,17 @@ def write_data_file(
             for chunk in unit.chunks:
                 values.check_master(chunk)
             for content in unit.items:
-                record = (
-                    buffer.save(maker.made(content, values))
-                    if content.record is None
-                    else raw[content.record]
-                )
-                records.append((output.size, len(record)))
-                for _ in content.targets if apart else content.targets[:1]:
+                start, copies = output.size, len(content.targets) if apart else 1
+                if content.record is not None:
+                    record = raw[content.record]
+                elif copies > 1:
+                    record = buffer.save(maker.made(content, values))
+                else:
+                    torch.save(maker.made(content, values), output)
+                    copies, record = 0, memoryview(b"")
+                for _ in range(copies):
                     output.write(record)
+                records.append((start, len(record) or output.size - start))
     files.check_read()
     unfinished.rename(directory / file.name)
     index = FileIndex(records, reader.nbytes, output.size, output.sha256)
@@ -193,57 +193,3 @@ class _Maker:
         if len(self._kept) > _KEPT:
             del self._kept[next(iter(self._kept))]
         return tensor
-
-
-class _Output:
-    """A data file that is written from front to back, and synced in the background as it grows."""
-
-    def __init__(self, path: Path, *, hashed: bool) -> None:
-        self.size = 0
-        self._path = path
-        self._hash = hashlib.sha256() if hashed else None
-        self._synced = 0
-        self._pending: Future[None] | None = None
-
-    @property
-    def sha256(self) -> str | None:
-        return self._hash.hexdigest() if self._hash else None
-
-    def __enter__(self) -> "_Output":
-        self._syncer = ThreadPoolExecutor(1)
-        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._sync()
-                self._wait()
-        finally:
-            self._syncer.shutdown()
-            os.close(self._descriptor)
-
-    def write(self, data: memoryview) -> None:
-        if self._hash:
-            self._hash.update(data)
-        done = 0
-        while done < len(data):
-            done += os.write(self._descriptor, data[done:])
-        self.size += len(data)
-        if self.size - self._synced >= _SYNC_BYTES:
-            self._sync()
-
-    def _sync(self) -> None:
-        """Start a sync of what is written, once the one before is through."""
-        self._wait()
-        self._synced = self.size
-        self._pending = self._syncer.submit(os.fdatasync, self._descriptor)
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()

@@ -154,15 +154,19 @@ def _end(draft: Draft, site: Site, start: float, earlier: frozenset[str]) -> Wri
         num_written=len(now),
         num_placed=len(draft.placed),
         seconds=time.monotonic() - start,
-        peak_memory=1024
-        * max(
-            resource.getrusage(who).ru_maxrss
-            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        ),
+        peak_memory=peak_memory(),
         left_out=tuple(draft.left_out),
         weights_only=not any(t.key.state for t in draft.source.tensors.values()),
         notes=(*draft.notes, *site.notes),
     )
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process or a worker of its, bytes. Not `ru_maxrss` of this
+    one, which a process inherits of whoever started it."""
+    status = Path("/proc/self/status").read_text()
+    own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 @contextmanager
