@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_growth.checkpoint.source import COMMON_OBJECT, TRACKER
+from megatron_growth.checkpoint.directory import TRACKER
+from megatron_growth.checkpoint.source import COMMON_OBJECT
 
 DISTRIBUTED = ("param", "exp_avg", "exp_avg_sq")
 

@@ -313,7 +313,8 @@ def _sparse_base(load: Path, layers: int, experts: int, scale: int) -> int:
     )
 
     from benchmarks.bases import DISTRIBUTED, Geometry
-    from megatron_growth.checkpoint.source import COMMON_OBJECT, TRACKER
+    from megatron_growth.checkpoint.directory import TRACKER
+    from megatron_growth.checkpoint.source import COMMON_OBJECT
 
     geometry = Geometry(layers, experts, 8 * scale, 8 * scale, 64 * scale, DISTRIBUTED)
     directory = load / "iter_0000100"

@@ -30,9 +30,10 @@ from rich.progress import (
 )
 
 from megatron_growth.checkpoint import manifest
+from megatron_growth.checkpoint.directory import TRACKER, iteration_directory
 from megatron_growth.checkpoint.norms import LayerScale, scale_bytes, weight_scales
 from megatron_growth.checkpoint.reader import plan_for
-from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
+from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.checkpoint.verify import Verification, verify
 from megatron_growth.checkpoint.write import Crew, Draft, Mode, Written, grow
 from megatron_growth.config import BaseConfig, ExperimentConfig, GrowthConfig, load_config

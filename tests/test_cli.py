@@ -11,8 +11,9 @@ import torch
 
 from megatron_growth import cli
 from megatron_growth.checkpoint import manifest, norms
+from megatron_growth.checkpoint.directory import TRACKER
 from megatron_growth.checkpoint.reader import plan_for
-from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint
+from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.config import GrowthConfig
 from megatron_growth.planning.keys import LAYER_RULES
 from megatron_growth.planning.layers import explicit, interposition, stacking

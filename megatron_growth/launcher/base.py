@@ -32,10 +32,8 @@ def check_base(experiment: Experiment) -> None:
     base = experiment.base
     if base is None or base.load is None or not os.access(base.load, os.R_OK | os.X_OK):
         return
-    from megatron_growth.checkpoint.source import (  # brings torch in
-        SourceCheckpoint,
-        iteration_directory,
-    )
+    from megatron_growth.checkpoint.directory import iteration_directory
+    from megatron_growth.checkpoint.source import SourceCheckpoint  # brings torch in
 
     directory = iteration_directory(base.load, base.iteration)
     args = SourceCheckpoint(directory, weights_only=True).args

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_growth.checkpoint.source import TRACKER
+from megatron_growth.checkpoint.directory import TRACKER
 from megatron_growth.config import BaseConfig, GrowthConfig, LearningRateConfig
 from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.geometry import Geometry

@@ -8,8 +8,9 @@ logged loss must be a number. `megatron-growth verify` is the thorough one.
 import re
 from pathlib import Path
 
+from megatron_growth.checkpoint.directory import TRACKER, iteration_directory
 from megatron_growth.checkpoint.reader import plan_for
-from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
+from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.config import load_config
 from megatron_growth.errors import GrowthError
 from megatron_growth.launcher.status import ends_of_logs

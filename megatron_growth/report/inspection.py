@@ -14,15 +14,14 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_growth.checkpoint.directory import TRACKER, iteration_directory
 from megatron_growth.checkpoint.norms import LayerScale
 from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import (
     COMMON_FILE,
     COMMON_OBJECT,
-    TRACKER,
     SourceCheckpoint,
     SourceTensor,
-    iteration_directory,
 )
 from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.config import DepthConfig, GrowthConfig, WidthConfig

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from megatron_growth.checkpoint.source import SourceCheckpoint, iteration_directory
+from megatron_growth.checkpoint.directory import iteration_directory
+from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.errors import CheckpointError, ConfigError
 from megatron_growth.planning.plan import GrowthPlan
 from megatron_growth.training import cpu_backend

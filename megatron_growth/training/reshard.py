@@ -9,7 +9,8 @@ step, and saves. Everything that this run needs to be told stands in the base's 
 import argparse
 from pathlib import Path
 
-from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
+from megatron_growth.checkpoint.directory import TRACKER, iteration_directory
+from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.errors import CheckpointError, ConfigError
 from megatron_growth.training import arguments
 

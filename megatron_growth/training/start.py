@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_growth.checkpoint import manifest
 from megatron_growth.checkpoint.common_state import grown_args
+from megatron_growth.checkpoint.directory import TRACKER, iteration_directory
 from megatron_growth.checkpoint.reader import plan_for
-from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint, iteration_directory
+from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.config import (
     ContinueConfig,
     ExperimentConfig,

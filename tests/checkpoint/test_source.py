@@ -16,7 +16,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_growth import GrowthConfig, GrowthStorageReader
-from megatron_growth.checkpoint.source import SourceCheckpoint, iteration_directory
+from megatron_growth.checkpoint.directory import iteration_directory
+from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.errors import CheckpointError, PlanError
 from megatron_growth.planning.plan import Architecture
 from tests.checkpoint import bases

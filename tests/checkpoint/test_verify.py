@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_growth import GrowthConfig, GrowthPlan, GrowthStorageReader, cli
 from megatron_growth.checkpoint import fanout, manifest
 from megatron_growth.checkpoint import values as growth_values
-from megatron_growth.checkpoint.source import TRACKER
+from megatron_growth.checkpoint.directory import TRACKER
 from megatron_growth.checkpoint.verify import Problem, Verification, values, verify
 from megatron_growth.errors import CheckpointError, ConfigError
 from megatron_growth.planning import keys, plan

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_growth import GrowthConfig, GrowthStorageReader
 from megatron_growth.checkpoint import manifest
-from megatron_growth.checkpoint.source import TRACKER, SourceCheckpoint
+from megatron_growth.checkpoint.directory import TRACKER
+from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.checkpoint.verify import verify
 from megatron_growth.checkpoint.write import (
     Crew,

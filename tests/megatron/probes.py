@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_growth.checkpoint.source import iteration_directory
+from megatron_growth.checkpoint.directory import iteration_directory
 from megatron_growth.checkpoint.write import Crew, Draft, grow
 from megatron_growth.config import GrowthConfig
 from tests.checkpoint.definition import Growth, Tensors, appended, grown_tensors, interleaved

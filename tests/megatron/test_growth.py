@@ -16,8 +16,9 @@ import torch
 import yaml
 
 from megatron_growth import GrowthConfig, cli
+from megatron_growth.checkpoint.directory import iteration_directory
 from megatron_growth.checkpoint.reader import plan_for
-from megatron_growth.checkpoint.source import SourceCheckpoint, iteration_directory
+from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.training.forward import compared
 from tests.megatron.driver import Job, Result, run_jobs
 from tests.megatron.probes import real_tokens

@@ -21,8 +21,8 @@ from types import TracebackType
 from typing import Any
 
 from megatron_growth.checkpoint import manifest
+from megatron_growth.checkpoint.directory import TRACKER
 from megatron_growth.checkpoint.durable import clear_unfinished, sync_directory, write_safely
-from megatron_growth.checkpoint.source import TRACKER
 from megatron_growth.checkpoint.write.data_files import UNFINISHED
 from megatron_growth.errors import CheckpointError
 
