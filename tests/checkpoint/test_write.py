@@ -547,6 +547,13 @@ def test_a_directory_that_holds_a_checkpoint_is_refused(there, small, tmp_path):
         write(small, tmp_path / "grown", BOTH)
 
 
+def test_a_file_in_the_way_is_refused(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    for save in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(CheckpointError, match="is a file; give another directory"):
+            write(small, save, BOTH)
+
+
 def test_the_bases_own_directory_is_refused(small):
     for save in (small, small / NAME):
         with pytest.raises(CheckpointError, match="base's own directory"):

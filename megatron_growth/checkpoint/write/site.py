@@ -86,9 +86,10 @@ class Site:
             CheckpointError: somebody else writes there, or an interrupted growth lies there and
                 `resume` is not given, or it is of another job.
         """
+        self.check_free()
         self.save.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        self.check_free()
+        self.check_free()  # again: whoever held the lock has gone
         clear_unfinished(self.save)
         if self.is_published:
             return
