@@ -20,7 +20,7 @@ from rich.table import Table
 from benchmarks.about import about
 from megatron_growth.checkpoint.noise import add_noise, normals, stream_key
 from megatron_growth.checkpoint.sigma import standard_deviation
-from megatron_growth.planning.plan import Box, Stream
+from megatron_growth.planning.pieces import Box, Stream
 
 ROUNDS = 15
 SHAPE = (2048, 7168)  # half of fc1, or fc2 the other way, of an expert of a large model

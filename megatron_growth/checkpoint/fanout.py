@@ -31,7 +31,7 @@ from megatron_growth.checkpoint.units import (
 from megatron_growth.checkpoint.values import Chunks, Part, Values, narrow, parts_of
 from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.errors import CheckpointError
-from megatron_growth.planning.plan import Box
+from megatron_growth.planning.pieces import Box
 
 BATCH_BYTES = 64 << 20
 _ALIGNMENT = 64

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_growth.errors import GrowthError
-from megatron_growth.planning.plan import Box, Stream
+from megatron_growth.planning.pieces import Box, Stream
 
 STREAM_VERSION = 1
 

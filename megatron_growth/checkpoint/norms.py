@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 
 from megatron_growth.checkpoint.source import SourceCheckpoint, SourceTensor
 from megatron_growth.planning.keys import Key
-from megatron_growth.planning.plan import Box
+from megatron_growth.planning.pieces import Box
 
 # Name in its layer begins with -> the part of the layer it belongs to.
 _PARTS = (

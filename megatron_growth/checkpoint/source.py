@@ -40,7 +40,8 @@ from megatron_growth.planning.keys import (
     parse,
     parse_object,
 )
-from megatron_growth.planning.plan import MASTER_STATES, Architecture, Box, Shape
+from megatron_growth.planning.pieces import Box, Shape
+from megatron_growth.planning.plan import MASTER_STATES, Architecture
 
 COMMON_OBJECT = "common_state/shard_0_1"
 COMMON_FILE = "common.pt"  # megatron-core before 0.19

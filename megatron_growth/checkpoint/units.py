@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_growth.checkpoint.view import GrownView
-from megatron_growth.planning.plan import Box, Noise, Park, Piece, Zero
+from megatron_growth.planning.pieces import Box, Noise, Park, Piece, Zero
 
 Chunk = tuple[str, Box]  # source key, and which of its chunks
 

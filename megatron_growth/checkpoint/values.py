@@ -15,7 +15,7 @@ from megatron_growth.checkpoint.sigma import standard_deviation
 from megatron_growth.checkpoint.units import Chunk
 from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.errors import CheckpointError
-from megatron_growth.planning.plan import (
+from megatron_growth.planning.pieces import (
     PARKING_DISTANCE,
     Box,
     Copy,

@@ -25,7 +25,8 @@ from megatron_growth.checkpoint.collector import collector_off
 from megatron_growth.checkpoint.source import SourceCheckpoint, SourceTensor
 from megatron_growth.errors import PlanError
 from megatron_growth.planning.keys import Key, parse
-from megatron_growth.planning.plan import MASTER_STATES, Box, GrowthPlan, Piece, Shape
+from megatron_growth.planning.pieces import Box, Piece, Shape
+from megatron_growth.planning.plan import MASTER_STATES, GrowthPlan
 
 
 class ChunkIndex:

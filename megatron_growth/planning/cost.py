@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_growth.planning.keys import Key
-from megatron_growth.planning.plan import Architecture, GrowthPlan, Shape
+from megatron_growth.planning.pieces import Shape
+from megatron_growth.planning.plan import Architecture, GrowthPlan
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 CHINCHILLA_TOKENS_PER_PARAMETER = 20

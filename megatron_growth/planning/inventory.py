@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from megatron_growth.planning.cost import StoredTensor
 from megatron_growth.planning.keys import parse
-from megatron_growth.planning.plan import Architecture, Shape
+from megatron_growth.planning.pieces import Shape
+from megatron_growth.planning.plan import Architecture
 
 if TYPE_CHECKING:
     from megatron_growth.geometry import Geometry

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_growth import GrowthConfig, GrowthStorageReader
 from megatron_growth.checkpoint.noise import add_noise, normal_table, normals, philox, stream_key
-from megatron_growth.planning.plan import Box, Stream
+from megatron_growth.planning.pieces import Box, Stream
 from tests.checkpoint import bases, definition
 from tests.checkpoint.loading import load_boxes
 

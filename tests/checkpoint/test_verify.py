@@ -25,7 +25,7 @@ from megatron_growth.checkpoint.verify import Problem, Verification, values, ver
 from megatron_growth.errors import CheckpointError, ConfigError
 from megatron_growth.planning import keys, plan
 from megatron_growth.planning.build import build_plan
-from megatron_growth.planning.plan import Noise
+from megatron_growth.planning.pieces import Noise
 from tests.checkpoint import bases, definition
 from tests.checkpoint.bases import COMMON_STATE, FC1, FC2, ROUTER, Model
 from tests.checkpoint.loading import RecordingReader, load_all

@@ -21,7 +21,7 @@ from torch import distributed as dist
 from megatron_growth.errors import PlanError
 from megatron_growth.planning import rules
 from megatron_growth.planning.experts import ExpertMap
-from megatron_growth.planning.plan import PARKING_DISTANCE
+from megatron_growth.planning.pieces import PARKING_DISTANCE
 from megatron_growth.planning.router import read_router
 from megatron_growth.training import cpu_backend
 

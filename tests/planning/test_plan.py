@@ -13,19 +13,8 @@ from megatron_growth.errors import PlanError
 from megatron_growth.planning.experts import ExpertMap
 from megatron_growth.planning.keys import parse, parse_object
 from megatron_growth.planning.layers import LayerMap, explicit, identity, interposition
-from megatron_growth.planning.plan import (
-    Architecture,
-    Box,
-    Copy,
-    Divide,
-    GrowthPlan,
-    Noise,
-    NoiseScale,
-    Park,
-    Stream,
-    Transform,
-    Zero,
-)
+from megatron_growth.planning.pieces import Box, Copy, Divide, Noise, Park, Stream, Transform, Zero
+from megatron_growth.planning.plan import Architecture, GrowthPlan, NoiseScale
 
 FC1 = "mlp.experts.experts.linear_fc1.weight"
 FC2 = "mlp.experts.experts.linear_fc2.weight"

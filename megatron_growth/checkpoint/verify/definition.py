@@ -22,7 +22,8 @@ import torch
 from megatron_growth.checkpoint.noise import stream_key
 from megatron_growth.checkpoint.verify.values import noisy
 from megatron_growth.planning.keys import Key, parse
-from megatron_growth.planning.plan import GrowthPlan, Shape, Stream
+from megatron_growth.planning.pieces import Shape, Stream
+from megatron_growth.planning.plan import GrowthPlan
 
 Place = tuple[int, ...]  # indices on a stored tensor's leading axes
 

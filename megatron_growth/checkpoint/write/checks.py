@@ -18,7 +18,7 @@ from megatron_growth.checkpoint.view import GrownView
 from megatron_growth.checkpoint.write.records import LoadedChunks, RecordReader, RecordStream
 from megatron_growth.checkpoint.write.source_files import SourceFiles
 from megatron_growth.errors import CheckpointError
-from megatron_growth.planning.plan import Box, Copy, Piece
+from megatron_growth.planning.pieces import Box, Copy, Piece
 
 _READ_BYTES = 8 << 20
 

@@ -18,7 +18,7 @@ from megatron_growth.checkpoint.collector import collector_off
 from megatron_growth.checkpoint.source import COMMON_OBJECT, SourceTensor
 from megatron_growth.checkpoint.units import Chunk, beside, chunks_of, index_of
 from megatron_growth.checkpoint.view import GrownView
-from megatron_growth.planning.plan import Box, Copy, Piece, Shape, Zero
+from megatron_growth.planning.pieces import Box, Copy, Piece, Shape, Zero
 
 
 @dataclass(eq=False, slots=True)

@@ -22,7 +22,7 @@ from megatron_growth.checkpoint.write.contents import Content
 from megatron_growth.checkpoint.write.output import Output
 from megatron_growth.checkpoint.write.records import LoadedChunks, RecordBuffer, RecordReader
 from megatron_growth.checkpoint.write.source_files import SourceFiles
-from megatron_growth.planning.plan import Shape
+from megatron_growth.planning.pieces import Shape
 
 FILE_BYTES = 1 << 30  # a data file is closed once it holds so much
 UNFINISHED = ".part"
