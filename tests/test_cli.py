@@ -15,6 +15,7 @@ from megatron_growth.checkpoint.directory import TRACKER
 from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.config import GrowthConfig
+from megatron_growth.errors import ConfigError
 from megatron_growth.planning.keys import LAYER_RULES
 from megatron_growth.planning.layers import explicit, interposition, stacking
 from megatron_growth.report.growth import describe_layers
@@ -363,9 +364,9 @@ def test_a_bad_configuration_is_an_error_with_its_remedy(run, tmp_path, text, hi
 
 def test_an_error_of_a_few_lines_is_printed_on_one(run, monkeypatch, tmp_path):
     def fail(*_: object) -> Namespace:
-        raise cli.ConfigError("one\ntwo")
+        raise ConfigError("one\ntwo")
 
-    monkeypatch.setattr(cli, "load_config", fail)
+    monkeypatch.setattr("megatron_growth.cli.shared.load_config", fail)
     assert run("plan", "x")[2] == "megatron-growth: error: one two\n"
 
 

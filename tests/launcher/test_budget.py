@@ -74,3 +74,19 @@ def test_plan_prints_an_experiment_as_a_table_and_as_json(tmp_path, capsys):
     assert stages[2]["memory"]["total"] == sum(
         stages[2]["memory"][part] for part in ("weights", "gradients", "optimizer", "activations")
     )
+
+
+def test_plan_and_status_take_the_cluster_that_launch_takes(tmp_path, monkeypatch, capsys):
+    path, profile = str(write(tmp_path)), tmp_path / "small.yaml"
+    profile.write_text("memory_gb: 1")
+    monkeypatch.chdir(tmp_path)
+    for command in ("plan", "status"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, path, "--cluster", str(profile)])
+        assert not stop.value.code
+    assert "does not fit" in capsys.readouterr().out
+    (tmp_path / "growth.yaml").write_text("growth: {depth: {factor: 2}}")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", str(tmp_path / "growth.yaml"), "--cluster", str(profile)])
+    assert stop.value.code == 2
+    assert "says nothing about growth alone" in capsys.readouterr().err

@@ -1,6 +1,5 @@
-"""The commands of this folder; `register` adds them to `megatron-growth`."""
+"""`megatron-growth launch`, `status` and `schema`, and what `plan` says of an experiment."""
 
-import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from megatron_growth.cli.shared import AsJson, Profile, Settings, print_json
 from megatron_growth.launcher.base import check_base
 from megatron_growth.launcher.budget import budget
 from megatron_growth.launcher.budget_tables import print_budget
@@ -30,20 +30,6 @@ from megatron_growth.launcher.submit import submit as start
 from megatron_growth.quiet import quiet
 
 ExperimentFile = Annotated[Path, typer.Argument(help="Experiment, a YAML file.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="PATH=VALUE, as in stages[1].nodes=4; may be repeated."),
-]
-Profile = Annotated[
-    Path | None, typer.Option(help="Cluster profile, a YAML file, instead of the experiment's.")
-]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command("launch")(launch)
-    app.command("status")(status)
-    app.command("schema")(schema)
 
 
 def launch(
@@ -88,11 +74,12 @@ def launch(
 def status(
     experiment: ExperimentFile,
     settings: Settings = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    cluster: Profile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show where an experiment's stages are: waiting, running, done, failed and why."""
     workdir = Path.cwd()
-    loaded = load_experiment(experiment, settings or ())
+    loaded = load_experiment(experiment, settings or (), cluster)
     known = jobs(workdir / loaded.directory)
     ids = [entry["job"] for entry in known.values()]
     waiting = queue(ids)
@@ -101,19 +88,21 @@ def status(
         for link in chain(loaded)
     ]
     if as_json:
-        print(json.dumps([asdict(stage) for stage in stages], indent=2))
+        print_json([asdict(stage) for stage in stages])
     else:
         print_status(Console(highlight=False), loaded.name, stages)
 
 
-def plan_experiment(path: Path, settings: list[str] | None, as_json: bool) -> None:
+def plan_experiment(
+    path: Path, settings: list[str] | None, cluster: Path | None, as_json: bool
+) -> None:
     """What an experiment costs, and whether it fits."""
-    loaded = load_experiment(path, settings or ())
+    loaded = load_experiment(path, settings or (), cluster)
     with quiet():
         check_base(loaded)
     stages = budget(loaded, chain(loaded))
     if as_json:
-        print(json.dumps([stage.document() for stage in stages], indent=2))
+        print_json([stage.document() for stage in stages])
     else:
         print_budget(Console(highlight=False), loaded.name, stages)
 
@@ -125,7 +114,7 @@ def is_experiment(path: Path) -> bool:
 
 def schema() -> None:
     """Print the JSON schema of experiment files, for editors."""
-    print(json.dumps(experiment_schema(), indent=2))
+    print_json(experiment_schema())
 
 
 def _files(experiment: Experiment, links: list[Link], target: Target, workdir: Path) -> list[File]:
