@@ -120,6 +120,7 @@ class _Seam:
             # Without optimizer state upstream leaves the schedule at its start.
             position = schedule_position(self._reader.source.common_state or {}, self._settings)
             scheduler.step(increment=position - scheduler.num_steps)
+        self._reader = None  # the metadata of a large base would stay in memory for the whole run
         self._on_loaded()
         return result
 
