@@ -7,6 +7,7 @@ bytes.
 
 import hashlib
 import json
+import os
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,14 +35,15 @@ def describe(
 
     Args:
         source: the base, opened.
-        base: its Megatron checkpoint directory, as the user gave it.
+        base: its Megatron checkpoint directory; recorded as an absolute path, which means the same
+            wherever the manifest is read from.
         growth: what the user asked for.
         plan: what was made of it.
         settings: what went on from the base; None where no run was started.
     """
     started = {} if settings is None else {"continue": settings.model_dump(mode="json")}
     return {
-        "base": str(base),
+        "base": str(base) if str(base).startswith("msc:") else os.path.abspath(base),
         "iteration": (source.common_state or {}).get("iteration"),
         "directory": source.directory.name,
         "base_fingerprint": hashlib.sha256(

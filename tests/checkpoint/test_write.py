@@ -652,6 +652,12 @@ def test_the_common_file_of_an_older_base_is_grown(tmp_path):
     assert verify(tmp_path / "base" / NAME, written.directory).passed
 
 
+def test_a_manifest_names_its_base_wherever_it_is_read_from(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(small.parent)
+    write(Path(small.name), tmp_path / "grown", BOTH)
+    assert (manifest.read(tmp_path / "grown") or {})["base"] == str(small)
+
+
 def test_a_written_checkpoint_can_be_grown_again_and_remembers(small, tmp_path):
     first = write(small, tmp_path / "one", {"depth": {}}, "link")
     second = write(first.directory.parent, tmp_path / "two", {"width": {}}, "link")
