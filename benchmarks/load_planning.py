@@ -99,7 +99,6 @@ LAYOUTS = {
 
 
 # -- the model's tensors and how they are cut
-# -------------------------------------------------------------------------------------------------
 
 
 def tensors(m: Model) -> Iterator[tuple[str, Shape, list[Cuts]]]:
@@ -158,7 +157,6 @@ def wanted(m: Model, layout: Layout) -> Iterator[tuple[str, Shape, list[Cuts]]]:
 
 
 # -- files
-# -------------------------------------------------------------------------------------------------
 
 
 def write(directory: Path, m: Model) -> int:
@@ -189,7 +187,6 @@ def write(directory: Path, m: Model) -> int:
 
 
 # -- one rank
-# -------------------------------------------------------------------------------------------------
 
 
 class _Boxes:
@@ -277,7 +274,6 @@ def _memory(name: str) -> int:
 
 
 # -- all of them
-# -------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

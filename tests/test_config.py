@@ -41,7 +41,6 @@ PINNED = {
 
 
 # -- what others rely on
-# -------------------------------------------------------------------------------------
 
 
 def test_the_public_names_are_these() -> None:
@@ -100,7 +99,6 @@ def test_every_field_says_what_it_means(model) -> None:
 
 
 # -- reading a file
-# ------------------------------------------------------------------------------------------
 
 
 def _write(directory: Path, text: str) -> Path:

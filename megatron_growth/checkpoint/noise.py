@@ -138,7 +138,6 @@ def _runs(box: Box, shape: tuple[int, ...]) -> tuple[NDArray[np.int64], int]:
 
 
 # -- compiled
-# -------------------------------------------------------------------------------------------------
 
 
 @numba.njit(nogil=True)

@@ -128,7 +128,6 @@ def _layer_scale(layer: int, sums: Mapping[tuple[int, str], _Sum]) -> LayerScale
 
 
 # -- streaming
-# -----------------------------------------------------------------------------------------------
 
 Visit = Callable[[str, Box, torch.Tensor], None]
 

@@ -68,7 +68,6 @@ class GrowthStorageReader(StorageReader):
         self._adjust = adjust
 
     # -- StorageReader
-    # -------------------------------------------------------------------------------------
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None and Path(checkpoint_id) != self.source.directory:
@@ -114,7 +113,6 @@ class GrowthStorageReader(StorageReader):
         return done
 
     # -- objects
-    # -------------------------------------------------------------------------------------------
 
     def _read_objects(self, items: Iterable[ReadItem], planner: LoadPlanner) -> None:
         wanted: dict[str, list[ReadItem]] = {}

@@ -107,7 +107,6 @@ class GrowthPlan:
     parked: bool = False
 
     # -- target names and shapes
-    # ---------------------------------------------------------------------------
 
     def target_tensors(self, key: Key, shape: Shape) -> Iterator[tuple[Key, Shape]]:
         """The target tensors that source tensor `key` of global shape `shape` becomes."""
@@ -155,7 +154,6 @@ class GrowthPlan:
                 yield ObjectKey(key.at(target), place or (0,), grid or (1,))
 
     # -- where a box comes from
-    # ----------------------------------------------------------------------------
 
     def resolve(self, key: str, shape: Sequence[int], box: Box) -> tuple[Piece, ...]:
         """Which source boxes and transforms make `box` of the target tensor `key`.
@@ -242,7 +240,6 @@ class GrowthPlan:
         return Zero() if is_clone and MOMENT_POWER[state] == 1 else Copy()
 
     # -- checks
-    # --------------------------------------------------------------------------------------------
 
     def _split(self, key: Key, shape: Shape, model: Architecture) -> tuple[Sequence[int], Shape]:
         """The layers that a tensor holds, and its shape for one of them."""
@@ -267,7 +264,6 @@ class GrowthPlan:
             )
 
     # -- JSON
-    # ----------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """Canonical JSON: the same plan gives the same text."""

@@ -144,7 +144,6 @@ def growth_report(
 
 
 # -- maps, so that a person can read them
-# --------------------------------------------------------------------
 
 
 def describe_layers(layers: LayerMap) -> str:
@@ -173,7 +172,6 @@ def describe_experts(experts: ExpertMap, limit: int = 8) -> str:
 
 
 # -- rows and warnings
-# ---------------------------------------------------------------------------------------
 
 
 def _architecture(source: SourceCheckpoint, plan: GrowthPlan) -> Iterator[Row]:

@@ -54,7 +54,6 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
 
 
 # -- growth
-# --------------------------------------------------------------------------------------------------
 
 
 def _facts(report: GrowthReport) -> RenderableType:
@@ -159,7 +158,6 @@ def _options(arguments: Sequence[str]) -> list[str]:
 
 
 # -- inspection
-# ----------------------------------------------------------------------------------------------
 
 
 def _contents(inspection: Inspection) -> RenderableType:
@@ -262,7 +260,6 @@ def _verdict(verdict: Verdict) -> RenderableType:
 
 
 # -- pieces
-# --------------------------------------------------------------------------------------------------
 
 
 def _table(title: str, first: str, *columns: str) -> Table:

@@ -1,9 +1,9 @@
-"""The entry points' common frame: our own options, the CPU backend, the hook, and errors on one
-line.
+"""The entry points' common frame: our own options, the CPU backend, the hook, one-line errors.
 
-torchrun ... -m megatron_growth.pretrain --growth-config growth.yaml --load BASE --save RUN
-<Megatron arguments> torchrun ... -m megatron_growth.run path/to/their_pretrain.py --growth-config
-growth.yaml <its arguments>
+    torchrun ... -m megatron_growth.pretrain --growth-config growth.yaml \\
+        --load BASE --save RUN <Megatron arguments>
+    torchrun ... -m megatron_growth.run path/to/their_pretrain.py --growth-config growth.yaml \\
+        <its arguments>
 """
 
 import argparse

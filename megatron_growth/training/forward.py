@@ -235,7 +235,7 @@ def _logits(folder: Path, name: str, argv: list[str]) -> torch.Tensor:
     return torch.load(out)
 
 
-# -- in the process that runs one model ------------------------------------------------------------
+# -- in the process that runs one model
 
 
 class _Done(BaseException):

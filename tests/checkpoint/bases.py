@@ -75,7 +75,6 @@ class Model:
 
 
 # -- contents
-# ------------------------------------------------------------------------------------------------
 
 
 def _attention(m: Model) -> dict[str, Shape]:
@@ -212,7 +211,6 @@ def objects(m: Model) -> dict[str, Any]:
 
 
 # -- chunk grids
-# ---------------------------------------------------------------------------------------------
 
 
 def whole(key: str, shape: Shape) -> Cuts:
@@ -265,7 +263,6 @@ def _even(length: int, parts: int) -> list[int]:
 
 
 # -- writing
-# -------------------------------------------------------------------------------------------------
 
 
 class _ChunkPlanner(DefaultSavePlanner):

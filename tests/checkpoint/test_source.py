@@ -112,7 +112,6 @@ def test_masters_are_found_where_there_are_any(
 
 
 # -- the directory
-# -------------------------------------------------------------------------------------------
 
 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
@@ -185,7 +184,6 @@ def test_a_load_directory_that_is_missing_or_an_iteration_itself_is_refused(base
 
 
 # -- half-written and damaged
-# --------------------------------------------------------------------------------
 
 
 def test_a_save_that_did_not_come_to_its_metadata_is_refused(base: Path) -> None:
@@ -294,7 +292,6 @@ def test_a_common_state_that_cannot_be_read_is_refused(base: Path) -> None:
 
 
 # -- other formats
-# -------------------------------------------------------------------------------------------
 
 
 def test_the_legacy_format_is_refused(tmp_path: Path) -> None:
@@ -333,7 +330,6 @@ def test_a_damaged_metadata_json_is_refused(base: Path, content: str) -> None:
 
 
 # -- keys and models
-# -----------------------------------------------------------------------------------------
 
 
 def test_an_unknown_key_is_refused_by_name(tmp_path: Path) -> None:

@@ -88,7 +88,6 @@ def sites(result: Verification) -> set[tuple[str, int | None, int | None]]:
 
 
 # -- what is right passes
-# ------------------------------------------------------------------------------------
 
 RIGHT = [
     "depth alone",
@@ -173,7 +172,6 @@ def test_objects_with_the_same_content_need_not_have_the_same_bytes(mutable, tmp
 
 
 # -- what is wrong is named
-# ----------------------------------------------------------------------------------
 
 
 def test_one_flipped_bit_is_found(mutable, tmp_path):
@@ -403,7 +401,6 @@ def test_damage_on_disk_is_found(key, landmark, how, small, tmp_path):
 
 
 # -- the manifest
-# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -431,7 +428,6 @@ def test_a_base_that_was_saved_again_is_found(small, tmp_path):
 
 
 # -- bad input
-# -----------------------------------------------------------------------------------------------
 
 
 def test_a_grown_checkpoint_without_a_manifest_is_bad_input(small, tmp_path):
@@ -465,7 +461,6 @@ def test_a_base_with_a_damaged_master_is_reported(tmp_path):
 
 
 # -- the route
-# -----------------------------------------------------------------------------------------------
 
 
 def test_the_verifier_takes_another_route_than_growth(monkeypatch, small, tmp_path):
@@ -595,7 +590,6 @@ def test_each_chunk_of_the_base_is_read_at_most_a_few_times(monkeypatch, small, 
 
 
 # -- the command
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -358,7 +358,6 @@ def test_a_tensor_of_a_grown_checkpoint_loads_alone(tmp_path: Path) -> None:
 
 
 # -- the common state
-# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("from_plan", [False, True])
@@ -400,7 +399,6 @@ def test_the_bases_own_common_state_is_not_changed(tmp_path: Path) -> None:
 
 
 # -- metadata
-# ------------------------------------------------------------------------------------------------
 
 
 class _Counted(list):
@@ -517,7 +515,6 @@ def test_metadata_that_the_bases_reader_shares_is_not_changed(tmp_path: Path) ->
 
 
 # -- the base is read and never written
-# ----------------------------------------------------------------------
 
 
 def _digest(directory: Path) -> dict[str, tuple[str, int]]:
@@ -550,7 +547,6 @@ def test_the_base_is_untouched_and_may_be_read_only(tmp_path: Path) -> None:
 
 
 # -- what a loader may get wrong
-# -----------------------------------------------------------------------------
 
 
 def test_a_reader_stays_with_its_own_checkpoint(tmp_path: Path) -> None:

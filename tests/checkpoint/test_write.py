@@ -94,7 +94,6 @@ def many_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # -- three roads, one checkpoint
-# --------------------------------------------------------------------
 
 ROADS = [(case, "as Megatron", mode) for case in CASES for mode in ("copy", "link")] + [
     (case, grid, mode)
@@ -166,7 +165,6 @@ def test_each_byte_of_the_base_is_read_once(small, tmp_path):
 
 
 # -- any number of workers
-# --------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("many_files")
@@ -222,7 +220,6 @@ def test_a_worker_that_fails_fails_the_growth_with_its_message(small, tmp_path, 
 
 
 # -- links
-# ------------------------------------------------------------------------------------------
 
 
 def test_a_linked_checkpoint_survives_its_base(tmp_path):
@@ -288,7 +285,6 @@ def _shares_extents(folder: Path) -> bool:
 
 
 # -- damage, change, lack of space
-# ------------------------------------------------------------------
 
 
 def refused(base: Path, save: Path, **how: Any) -> str:
@@ -407,7 +403,6 @@ def test_a_full_file_system_leaves_no_checkpoint(small, tmp_path, monkeypatch):
 
 
 # -- interruptions
-# ----------------------------------------------------------------------------------
 
 
 class Stopped(Exception):
@@ -616,7 +611,6 @@ def _killed(base: Path, save: Path, mode: str, delay: float) -> bool:
 
 
 # -- what a directory may look like
-# -----------------------------------------------------------------
 
 
 def test_spaces_a_read_only_base_and_many_files(tmp_path):

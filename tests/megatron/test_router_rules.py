@@ -345,7 +345,6 @@ def assert_kept(compared: Comparison) -> None:
 
 
 # -- top-k scaled
-# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["interleave", "append"])
@@ -445,7 +444,6 @@ def test_softmax_after_top_1_would_be_kept_but_upstream_refuses_it() -> None:
 
 
 # -- z-loss
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["interleave", "append"])
@@ -494,7 +492,6 @@ def test_the_advised_coefficient_keeps_the_z_losss_pull(m: int) -> None:
 
 
 # -- 16 bits
-# -------------------------------------------------------------------------------------------------
 
 
 def test_a_16_bit_router_keeps_the_function_up_to_ties() -> None:
@@ -511,7 +508,6 @@ def test_a_16_bit_router_keeps_the_function_up_to_ties() -> None:
 
 
 # -- top-k kept
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["interleave", "append"])
@@ -550,7 +546,6 @@ def test_more_than_top_1_kept_takes_clones_of_fewer_experts(
 
 
 # -- top-k kept, clones parked
-# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["interleave", "append"])
@@ -666,7 +661,6 @@ def test_scores_without_a_bound_would_bring_parked_clones_in() -> None:
 
 
 # -- top-k kept, and what else it changes
-# ----------------------------------------------------------------------
 
 
 def test_a_kept_top_k_and_the_base_s_capacity_drop_tokens() -> None:
@@ -684,7 +678,6 @@ def test_quantile_balancing_at_a_kept_top_k_stops_on_an_uneven_batch() -> None:
 
 
 # -- the whole layer: what stands around the router
-# ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -231,7 +231,6 @@ def test_what_is_refused(router: Router, how: dict, message: str) -> None:
 
 
 # -- in the plan
-# -------------------------------------------------------------------------------------------
 
 SOURCE = Architecture(num_layers=4, num_experts=8, top_k=3, key_form="stacked")
 

@@ -114,7 +114,6 @@ class Definition:
         self._in_key = plan.target.key_form == "per_layer"
 
     # -- what there must be
-    # --------------------------------------------------------------------------------
 
     def shapes(self) -> dict[str, tuple[str, Shape]]:
         """Every target key, with a source key it is made from and its global shape."""
@@ -174,7 +173,6 @@ class Definition:
         return [target for target in range(experts.num_target) if experts.source(target) == source]
 
     # -- what their values must be
-    # -------------------------------------------------------------------------
 
     def is_noisy(self, source: Source, target: Target) -> bool:
         """Whether the target is a clone that draws noise."""

@@ -89,7 +89,6 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 # -- which objects there must be
-# -----------------------------------------------------------------------------
 
 
 def _targets(plan: GrowthPlan, text: str) -> Iterator[str]:

@@ -106,7 +106,6 @@ class TensorCheck:
                 )
 
     # -- one part of the base, and all that became of it
-    # ---------------------------------------------------
 
     def _check(self, source: Source) -> None:
         states = [state for state in source.states if not is_moment(state)]
@@ -184,7 +183,6 @@ class TensorCheck:
         return found
 
     # -- looked up
-    # -----------------------------------------------------------------------------------------
 
     def _sigma(self, source: Source, state: str | None) -> float:
         part = source.sigma_part(state)
