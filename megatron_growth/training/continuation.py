@@ -3,13 +3,12 @@
 Upstream makes three demands that growth must meet before its loader will take an optimizer's state:
 
 - Expert parameters have an optimizer of their own exactly when EP > 1, and the state must be cut
-the same way
-  (`ChainedOptimizer.load_state_dict`, megatron/core/optimizer/optimizer.py).
+  the same way (`ChainedOptimizer.load_state_dict`, megatron/core/optimizer/optimizer.py).
 - Param groups are matched by learning rate and weight decay among others
-(`param_group_identifier_keys`), so a new
-  rate finds no group; and where it does, the checkpoint's `max_lr` wins over the run's.
+  (`param_group_identifier_keys`), so a new rate finds no group; and where it does, the
+  checkpoint's `max_lr` wins over the run's.
 - The schedule's every number must equal the checkpoint's
-(`OptimizerParamScheduler.load_state_dict`).
+  (`OptimizerParamScheduler.load_state_dict`).
 
 So the run's own groups and schedule are put where the base's were, and of the base's only what is
 history stays: the step that Adam has reached, the position in the schedule, the samples consumed.
