@@ -7,7 +7,7 @@ any layout, gets the same bits.
     key      64 bits: BLAKE2b of the stream
     counter  element index // 8
     words    Philox4x32-10 (Salmon et al., SC 2011): four words a counter, eight 16-bit indices
-    z        table[index], 65536 midpoint quantiles of the normal distribution, scaled to variance 1, fp32
+    z        table[index], 65536 midpoint quantiles of N(0, 1), scaled to variance 1, fp32
     clone    fp32(source) + fp32(alpha * sigma) * z, product and sum rounded separately
 
 Integers, one look-up, one multiply, one add: no libm, so the bits are the same on every machine.
