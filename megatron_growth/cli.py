@@ -121,13 +121,16 @@ def plan(
         Path | None, typer.Option(help="A grown run's directory: make its plan again, and compare.")
     ] = None,
     settings: Settings = None,
+    cluster: launcher.Profile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what growth would make of a base checkpoint, or what an experiment costs and whether it
     fits; reads no weights and writes nothing."""
     if config and not (load or from_manifest) and launcher.is_experiment(config):
-        launcher.plan_experiment(config, settings, as_json)
+        launcher.plan_experiment(config, settings, as_json, cluster)
         return
+    if cluster:
+        raise ConfigError("--cluster goes with an experiment, not with a growth file; drop it")
     experiment, expected = _experiment(config, settings, from_manifest)
     with quiet():
         weights_only = experiment.growth.optimizer == "reset"

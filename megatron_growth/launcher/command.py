@@ -25,7 +25,7 @@ from megatron_growth.launcher.provenance import environment_file, git_file
 from megatron_growth.launcher.render import File, Target, stage_files
 from megatron_growth.launcher.status import stage_status
 from megatron_growth.launcher.status_table import print_status
-from megatron_growth.launcher.submit import jobs, queue
+from megatron_growth.launcher.submit import check_idle, jobs, queue
 from megatron_growth.launcher.submit import submit as start
 from megatron_growth.quiet import quiet
 
@@ -70,6 +70,8 @@ def launch(
 
         check_flags(loaded, links)
     chosen = [link for link in links if stage in (None, link.stage.name)]
+    if target is Target.SLURM and submit and not dry_run:
+        check_idle(loaded, chosen, workdir)
     files = [_resolved(loaded, workdir), *_files(loaded, chosen, target, workdir)]
     for file in files:
         if dry_run:
@@ -88,11 +90,12 @@ def launch(
 def status(
     experiment: ExperimentFile,
     settings: Settings = None,
+    cluster: Profile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show where an experiment's stages are: waiting, running, done, failed and why."""
     workdir = Path.cwd()
-    loaded = load_experiment(experiment, settings or ())
+    loaded = load_experiment(experiment, settings or (), cluster)
     known = jobs(workdir / loaded.directory)
     ids = [entry["job"] for entry in known.values()]
     waiting = queue(ids)
@@ -106,9 +109,11 @@ def status(
         print_status(Console(highlight=False), loaded.name, stages)
 
 
-def plan_experiment(path: Path, settings: list[str] | None, as_json: bool) -> None:
+def plan_experiment(
+    path: Path, settings: list[str] | None, as_json: bool, cluster: Path | None = None
+) -> None:
     """What an experiment costs, and whether it fits."""
-    loaded = load_experiment(path, settings or ())
+    loaded = load_experiment(path, settings or (), cluster)
     with quiet():
         check_base(loaded)
     stages = budget(loaded, chain(loaded))
