@@ -24,12 +24,13 @@ test: check slurm
 	$(BIN)/python -m pytest
 
 # Launches are tested on a real SLURM, of Debian's packages; without it those tests skip and say so.
+# The headers and gcc are for the stand-in that takes Pyxis' options.
 slurm:
-	@command -v slurmctld >/dev/null || command -v /usr/sbin/slurmctld >/dev/null \
+	@{ PATH=$$PATH:/usr/sbin command -v slurmctld && command -v gcc && [ -e /usr/include/slurm/spank.h ]; } >/dev/null \
 	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
 	       && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge \
-	            slurm-wlm-basic-plugins >/dev/null; } \
-	  || echo 'SLURM is not installed, and could not be: tests/slurm will skip' >&2
+	            slurm-wlm-basic-plugins libslurm-dev gcc libc6-dev >/dev/null; } \
+	  || echo 'SLURM is not installed, or not whole, and could not be: tests/slurm will skip' >&2
 
 check: setup
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from megatron_growth.launcher.provenance import environment_file, git_file
 from megatron_growth.launcher.render import File, Target, stage_files
 from megatron_growth.launcher.status import stage_status
 from megatron_growth.launcher.status_table import print_status
-from megatron_growth.launcher.submit import jobs, queue
+from megatron_growth.launcher.submit import check_idle, jobs, queue
 from megatron_growth.launcher.submit import submit as start
 from megatron_growth.quiet import quiet
 
@@ -56,6 +56,8 @@ def launch(
 
         check_flags(loaded, links)
     chosen = [link for link in links if stage in (None, link.stage.name)]
+    if target is Target.SLURM and submit and not dry_run:
+        check_idle(loaded, chosen, workdir)
     files = [_resolved(loaded, workdir), *_files(loaded, chosen, target, workdir)]
     for file in files:
         if dry_run:

@@ -26,7 +26,8 @@ class Container(Strict):
     """Where the processes run. With SLURM by Pyxis and enroot."""
 
     image: str
-    """A registry's name, or for Pyxis also the path of a squashfs file."""
+    """A registry's name, or for Pyxis also the path of a squashfs file. Pyxis wants a `#` after the
+    registry: `registry.example.com#team/image:1.0`."""
 
     mounts: list[str] = []
     """`outside:inside` pairs for Pyxis; the directory of the experiment must be among them, at the

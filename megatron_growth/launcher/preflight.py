@@ -220,7 +220,7 @@ def _report(
     for problem in problems:
         print(f"preflight: {problem}", file=sys.stderr)
     if not problems:
-        print(f"preflight: {len(found)} ranks on {len({f.host for f in found})} hosts are well")
+        print(f"preflight is well: {len(found)} ranks, {len({f.host for f in found})} hosts")
 
 
 if __name__ == "__main__":

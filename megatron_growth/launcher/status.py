@@ -1,15 +1,15 @@
 """Where an experiment's stages are: waiting, running, done, failed and why.
 
-Read from what the stages themselves leave behind (DONE, events.jsonl, the ranks' output) and, where
-there is SLURM, from its queue. Nothing is asked of the processes.
+Read from what the stages themselves leave behind (DONE, events.jsonl, the ranks' output and the
+job's) and, where there is SLURM, from its queue. Nothing is asked of the processes.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_growth.launcher.chain import Link
 
@@ -20,11 +20,25 @@ _ITERATION = re.compile(
     r"iteration +(?P<iteration>\d+)/ *\d+ \|.*?"
     r"elapsed time per iteration \(ms\): (?P<ms>[\d.]+) \|(.*? lm loss: (?P<loss>[\d.Ee+-]+))?"
 )
-# The line that says what went wrong: ours, SLURM's, or as in `[rank0]: RuntimeError: mismatch`.
-_CAUSES = (
-    re.compile(r"^(?:megatron_growth: error.*?|preflight|slurmstepd: error): (.*)$", re.MULTILINE),
-    re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)$", re.MULTILINE),
+# The line that says what went wrong, the most telling first.
+_CAUSES = tuple(
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (
+        r"^(?:megatron_growth: error.*?|preflight): (.*)$",  # ours
+        r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)$",  # [rank0]: RuntimeError: mismatch
+        r"^srun: error: (.*\btasks? .*)$",  # srun: error: n2: task 1: Killed
+        r"(failed \(exitcode: -\d+\) local_rank: .*)$",  # torchrun's account of the same
+        r"^slurmstepd.*?: error: (.*)$",
+        r"^megatron-growth: (.*)$",  # the job's own
+    )
 )
+# Said of a rank that only ended with another.
+_WITH_ANOTHER = re.compile(
+    r"by peer|remote (?:process|server)|likely closed|ChildFailedError|SignalException"
+    r"|Exited with|Terminated$|CANCELLED AT"
+)
+# The job's output goes on after a requeue; each start begins with such a line.
+_START = re.compile(r"^=== start \d+", re.MULTILINE)
 _FAILED = ("failed", "preflight-failed", "refused")
 _TAIL = 256 << 10  # bytes of a log that are read
 
@@ -68,18 +82,19 @@ class StageStatus:
 
 
 def stage_status(
-    link: Link, job: str | None, queue: Mapping[str, str], workdir: Path
+    link: Link, job: str | None, queue: Mapping[str, str] | None, workdir: Path
 ) -> StageStatus:
     """Where a stage is.
 
     Args:
         link: the stage.
         job: its SLURM job, None where it has none.
-        queue: state of the jobs that SLURM still knows as waiting or running.
+        queue: state of the jobs that SLURM still knows as waiting or running; None where it cannot
+            be asked.
         workdir: directory that the relative paths of the experiment start from.
     """
     directory = workdir / link.directory
-    state, why = _state(directory, job, queue)
+    state, why = _state(directory, None if queue is None else job, queue or {})
     return StageStatus(
         name=link.stage.name,
         state=state,
@@ -94,9 +109,9 @@ def _state(directory: Path, job: str | None, queue: Mapping[str, str]) -> tuple[
     if (directory / "DONE").exists():
         return "done", ""
     if job is not None and job in queue:
-        running = queue[job] in ("RUNNING", "COMPLETING", "SUSPENDED")
-        return ("running", "") if running else ("waiting", f"job {job} is {queue[job].lower()}")
-    events = _events(directory)
+        running = queue[job].split()[0] in ("RUNNING", "COMPLETING", "SUSPENDED")
+        return ("running", "") if running else ("waiting", f"job {job} is {_in_words(queue[job])}")
+    events = [str(event["event"]) for event in _events(directory)]
     if not events:
         return "waiting", f"job {job} was cancelled" if job else "not started"
     if events[-1] in _FAILED:
@@ -108,12 +123,17 @@ def _state(directory: Path, job: str | None, queue: Mapping[str, str]) -> tuple[
     return "running", ""
 
 
-def _events(directory: Path) -> list[str]:
+def _in_words(said: str) -> str:
+    """PENDING (Dependency): pending (Dependency)"""
+    state, *reason = said.split(maxsplit=1)
+    return " ".join([state.lower(), *reason])
+
+
+def _events(directory: Path) -> list[dict[str, Any]]:
     path = directory / "events.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [str(json.loads(line)["event"]) for line in lines]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _saved(directory: Path) -> int | None:
@@ -122,9 +142,9 @@ def _saved(directory: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def ends_of_logs(directory: Path) -> list[str]:
+def ends_of_logs(directory: Path, names: str = "*.log") -> list[str]:
     """The ends of the ranks' outputs, the latest written first."""
-    paths = (directory / "ranks").glob("*.log")
+    paths = (directory / "ranks").glob(names)
     newest = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
     return [_end(path) for path in newest]
 
@@ -151,10 +171,15 @@ def _progress(link: Link, directory: Path) -> Progress | None:
 
 
 def _cause(directory: Path) -> str:
-    logs: Sequence[str] = ends_of_logs(directory)
-    for pattern in _CAUSES:
-        for text in logs:
-            match = pattern.search(text)
-            if match:
-                return match[1]
-    return f"nothing in {directory.name}/ranks says why"
+    """In the words of the last start. The rank that fails first is the first that falls silent."""
+    last = _events(directory)[-1]
+    job = last.get("job", "local")
+    names = "*.log" if job == "local" else f"{job}.{last.get('restart', 0)}.*.log"
+    texts = ends_of_logs(directory, names)[::-1]
+    output = directory / "slurm" / f"{job}.out"
+    if output.exists():
+        texts.append(_START.split(_end(output))[-1])
+    found = [match[1] for one in _CAUSES for text in texts for match in one.finditer(text)]
+    own = (said for said in found if not _WITH_ANOTHER.search(said))
+    nothing = f"nothing in {directory.name}/ranks or {directory.name}/slurm says why"
+    return next(own, found[0] if found else nothing)

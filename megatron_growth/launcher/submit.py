@@ -40,12 +40,33 @@ def submit(
     Raises:
         GrowthError: it could not be started, or, on this machine, a stage failed.
     """
-    todo = [link for link in links if not is_done(link, workdir)]
+    todo = _todo(links, workdir)
     for link in links:
         if link not in todo:
             yield f"{link.stage.name}: done already"
     start = {Target.SLURM: _slurm, Target.K8S: _kubernetes, Target.TORCHRUN: _here}[target]
     yield from start(experiment, todo, workdir)
+
+
+def _todo(links: Sequence[Link], workdir: Path) -> list[Link]:
+    return [link for link in links if not is_done(link, workdir)]
+
+
+def check_idle(experiment: Experiment, links: Sequence[Link], workdir: Path) -> None:
+    """Before files are written: a job that waits or runs starts from these at each requeue.
+
+    Raises:
+        ConfigError: a stage that is to be started is in the queue already.
+    """
+    known = jobs(workdir / experiment.directory)
+    live = queue([entry["job"] for entry in known.values()]) or {}
+    for link in _todo(links, workdir):
+        job = known.get(link.stage.name, {}).get("job", "")
+        if job in live:
+            raise ConfigError(
+                f"stage {link.stage.name!r} is job {job} already ({live[job].split()[0]}); cancel "
+                f"it first with `scancel {job}`, or wait"
+            )
 
 
 def jobs(directory: Path) -> dict[str, dict[str, str]]:
@@ -55,27 +76,31 @@ def jobs(directory: Path) -> dict[str, dict[str, str]]:
     return dict(found)
 
 
-def queue(ids: Sequence[str]) -> dict[str, str]:
-    """State of those jobs that SLURM still has waiting or running; none where there is no SLURM."""
-    if not ids or shutil.which("squeue") is None:
+def queue(ids: Sequence[str]) -> dict[str, str] | None:
+    """State of those jobs that SLURM still has waiting or running, with its reason where there is
+    one: `PENDING (Dependency)`. None where there is no SLURM to ask.
+
+    Raises:
+        GrowthError: there is, and it does not answer; what runs would look like what has failed.
+    """
+    if not ids:
         return {}
-    said = _run(["squeue", "--noheader", "--states=all", "--format=%A %T %r"], check=False)
+    if shutil.which("squeue") is None:
+        return None
+    said = _run(["squeue", "--noheader", "--states=all", "--format=%A %T %r"])
     rows = (line.split(maxsplit=2) for line in said.splitlines())
     live = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "STOPPED")
-    return {job: state for job, state, *_ in rows if job in ids and state in live}
+    return {
+        job: state if reason in ([], ["None"]) else f"{state} ({reason[0]})"
+        for job, state, *reason in rows
+        if job in ids and state in live
+    }
 
 
 def _slurm(experiment: Experiment, links: Sequence[Link], workdir: Path) -> Iterator[str]:
     directory = workdir / experiment.directory
     known = jobs(directory)
-    live = queue([entry["job"] for entry in known.values()])
-    for link in links:
-        job = known.get(link.stage.name, {}).get("job", "")
-        if job in live:
-            raise ConfigError(
-                f"stage {link.stage.name!r} is job {job} already ({live[job]}); cancel it first "
-                f"with `scancel {job}`, or wait"
-            )
+    live = queue([entry["job"] for entry in known.values()]) or {}
     names = [stage.name for stage in experiment.stages]
     for link in links:
         before = names[: names.index(link.stage.name)][-1:]
@@ -88,10 +113,11 @@ def _slurm(experiment: Experiment, links: Sequence[Link], workdir: Path) -> Iter
         job = _sbatch([*words, str(stage / "job.sh")])
         live[job] = "PENDING"
         known[link.stage.name] = {"job": job}
+        _record(directory / JOBS, known)  # at once: what follows may fail, and it is in the queue
         if experiment.cluster.slurm.alert:
             words = [f"--dependency=afternotok:{job}", "--kill-on-invalid-dep=yes"]
             known[link.stage.name]["alert"] = _sbatch([*words, str(stage / "alert.sh"), job])
-        _record(directory / JOBS, known)
+            _record(directory / JOBS, known)
         yield f"{link.stage.name}: job {job}" + (f", after job {parent}" if waits else "")
 
 

@@ -17,7 +17,8 @@ SCONTROL = """case "$1 $2" in
   "show hostnames") echo n1; echo n2 ;;
   "show node") echo "NodeName=$4 Arch=x86_64 NodeAddr=10.0.0.7 NodeHostName=n1" ;;
   "show job") echo "JobId=$4 JobState=$STATE Reason=None" ;;
-  requeue*) echo "$*" >>"$LOG/requeue" ;;
+  "show step") [[ -e $LOG/step || ! -e $LOG/late ]] ;;
+  requeue*) echo "$*" >>"$LOG/requeue"; exit "$REQUEUE" ;;
 esac"""
 
 
@@ -41,6 +42,7 @@ def job(tmp_path):
         restart=0,
         settings=(),
         state="RUNNING",
+        requeue=0,
     ):
         rendered(tmp_path, Target.SLURM, *settings)
         (tmp_path / f"runs/small/{stage}/ranks").mkdir(exist_ok=True)
@@ -48,6 +50,7 @@ def job(tmp_path):
             "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "LOG": str(log), "TRAIN": train,
             "PREFLIGHT": preflight, "CANCEL": cancel, "SLURM_JOB_ID": "41",
             "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": str(restart), "STATE": state,
+            "REQUEUE": str(requeue),
             "CHECKPOINTS": str(tmp_path / f"runs/small/{stage}/checkpoints"),
         }  # fmt: skip
         script = tmp_path / f"runs/small/{stage}/job.sh"
@@ -119,6 +122,11 @@ def test_requeues_are_counted(job):
     assert job(train=saves(5, code=3), restart=2, settings=("cluster.slurm.requeues=2",)) == 3
 
 
+def test_a_job_that_slurm_does_not_queue_again_fails(job):
+    assert job(train=saves(5, code=3), requeue=1) == 3
+    assert job.events() == ["started", "requeued", "failed"]
+
+
 def test_a_stage_whose_parent_is_not_done_is_refused(job):
     assert job(stage="deep") == 2
     assert job.events("deep") == ["refused"]
@@ -136,7 +144,8 @@ def test_the_ranks_meet_at_the_first_nodes_address(job):
 
 
 def test_a_missing_secret_fails_before_anything_runs(job):
-    assert job(settings=("cluster.secrets=[NOT_SET]",)) != 0
+    assert job(settings=("cluster.secrets=[NOT_SET]",)) == 2
+    assert job.events() == ["refused"]
     assert not lines(job.log / "srun")
 
 
@@ -152,3 +161,47 @@ def test_a_signal_reaches_the_training_step_and_preemption_is_queued_again(job, 
     assert lines(job.log / "scancel") == ["--signal=TERM 41.1"]
     assert lines(job.log / "requeue") == ["requeue 41"]  # though it saved nothing: preempted early
     assert job.events() == ["started", "stopping", "requeued"]
+
+
+def test_a_signal_waits_for_the_step_that_is_being_made(job):
+    (job.log / "late").touch()
+    wait = 'touch "$LOG/up"; while [[ ! -e $LOG/term ]]; do sleep 0.05; done; exit 15'
+    process = job.start(train=wait, cancel='[[ -e $LOG/step ]] && touch "$LOG/term"')
+    while not (job.log / "up").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    while "stopping" not in job.events():
+        time.sleep(0.05)
+    assert not lines(job.log / "scancel"), "SLURM would not have heard it, and said nothing"
+    (job.log / "step").touch()
+    process.communicate(timeout=30)
+    assert lines(job.log / "scancel") == ["--signal=TERM 41.1"]
+    assert lines(job.log / "requeue") == ["requeue 41"]
+
+
+def test_a_signal_during_preflight_ends_it_and_nothing_is_trained(job):
+    wait = 'touch "$LOG/up"; while [[ ! -e $LOG/term ]]; do sleep 0.05; done; exit 15'
+    process = job.start(preflight=wait, cancel='touch "$LOG/term"')
+    while not (job.log / "up").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert lines(job.log / "scancel") == ["--signal=TERM 41.0"]
+    assert len(lines(job.log / "srun")) == 1
+    assert job.events() == ["started", "stopping", "requeued"]
+
+
+def test_a_signal_before_the_first_step_starts_none(job):
+    """While the script asks SLURM for the first node's address."""
+    ask = 'touch "$LOG/asked"; while [[ ! -e $LOG/answer ]]; do sleep 0.05; done\n'
+    scontrol = job.root / "bin/scontrol"
+    text = scontrol.read_text().replace('"show node")', f'"show node") {ask}')
+    scontrol.write_text(text)
+    process = job.start()
+    while not (job.log / "asked").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    (job.log / "answer").touch()
+    process.communicate(timeout=30)
+    assert not lines(job.log / "srun")
+    assert lines(job.log / "requeue") == ["requeue 41"]

@@ -65,6 +65,13 @@ def test_a_job_asks_for_one_task_a_gpu_or_one_agent_a_node(tmp_path, tasks, per_
     assert "#SBATCH --time=60\n#SBATCH --signal=B:USR1@360\n#SBATCH --requeue\n" in job
 
 
+def test_a_container_without_mounts_says_nothing_of_them(tmp_path):
+    """Pyxis refuses an empty list."""
+    job = rendered(tmp_path, Target.SLURM, "cluster.container={image: a}")["base/job.sh"]
+    assert "--container-image=a --no-container-mount-home" in job
+    assert "--container-mounts" not in job
+
+
 def test_training_ends_in_time_for_the_walltime(tmp_path):
     assert "--exit-duration-in-mins 50" in rendered(tmp_path, Target.SLURM)["base/process.sh"]
     assert "--exit-duration" not in rendered(tmp_path, Target.TORCHRUN)["base/process.sh"]

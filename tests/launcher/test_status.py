@@ -24,26 +24,30 @@ def deep(tmp_path):
     (directory / "ranks").mkdir(parents=True)
 
     class Stage:
-        def events(self, *names):
-            rows = (json.dumps({"event": name}) for name in names)
+        def events(self, *names, restart=0):
+            rows = (json.dumps({"event": n, "job": "41", "restart": restart}) for n in names)
             (directory / "events.jsonl").write_text("\n".join(rows) + "\n")
 
         def log(self, text, name="41.0.train.1.log"):
             (directory / "ranks" / name).write_text(text)
 
+        def output(self, text):
+            (directory / "slurm").mkdir(exist_ok=True)
+            (directory / "slurm" / "41.out").write_text(text)
+
         def done(self):
             (directory / "DONE").touch()
 
-        def status(self, job=None, queue=None):
-            return stage_status(link, job, queue or {}, tmp_path)
+        def status(self, job=None, queue=None, asked=True):
+            return stage_status(link, job, (queue or {}) if asked else None, tmp_path)
 
     return Stage()
 
 
 def test_a_stage_that_never_started_waits(deep):
     assert (deep.status().state, deep.status().why) == ("waiting", "not started")
-    waiting = deep.status("41", {"41": "PENDING"})
-    assert (waiting.state, waiting.why) == ("waiting", "job 41 is pending")
+    waiting = deep.status("41", {"41": "PENDING (Dependency)"})
+    assert (waiting.state, waiting.why) == ("waiting", "job 41 is pending (Dependency)")
 
 
 def test_a_running_stage_tells_its_pace_and_the_time_left(deep):
@@ -69,6 +73,49 @@ def test_a_failed_stage_says_why_in_the_words_of_a_rank(deep):
     assert (status.state, status.why) == ("failed", "RuntimeError: shape mismatch")
     deep.log("megatron_growth: error (rank 1): --load and --save are the same\n")
     assert deep.status("41").why == "--load and --save are the same"
+
+
+LOST = "[rank1]: RuntimeError: Read error [127.0.0.1]:39: Connection reset by peer. GLHF!\n"
+CANCELLED = "slurmstepd: error: *** STEP 41.1 ON n1 CANCELLED AT 2026-11-25T11:24:51 ***\n"
+KILLED = "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited with exit code 1\n"
+OOM = (
+    "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=41.1. Some processes were killed.\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("culprit", "victim", "output", "why"),
+    [
+        ("[rank0]: ValueError: a bad batch\n", LOST + CANCELLED, "", "ValueError: a bad batch"),
+        ("iteration\n", LOST + CANCELLED, KILLED, "n2: task 1: Killed"),
+        ("iteration\n", LOST, "=== start 0 on n\nsrun: error: n9: task 9: Killed\n"
+         "=== start 1 on n\n" + KILLED, "n2: task 1: Killed"),
+        ("iteration\n" + OOM, LOST, "srun: error: n1: task 0: Exited with exit code 1\n",
+         OOM.strip().removeprefix("slurmstepd: error: ")),
+        ("E1 x.py] failed (exitcode: -9) local_rank: 0 (pid: 7) of binary: python\n"
+         "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n", LOST,
+         "srun: error: n2: task 1: Exited with exit code 1\n",
+         "failed (exitcode: -9) local_rank: 0 (pid: 7) of binary: python"),
+        ("", LOST, "", LOST.strip().removeprefix("[rank1]: ")),
+        ("", "", "megatron-growth: KEY is not set; export it\n", "KEY is not set; export it"),
+        ("", "", "", "nothing in deep/ranks or deep/slurm says why"),
+    ],
+)  # fmt: skip
+def test_the_rank_that_failed_is_heard_before_those_it_took_along(
+    deep, culprit, victim, output, why
+):
+    deep.events("started", "requeued", "started", "failed", restart=1)
+    deep.log("[rank0]: KeyError: 'of an earlier start'\n", "41.0.train.0.log")
+    deep.log("preflight is well: 2 ranks, 2 hosts\n", "41.1.preflight.0.log")
+    deep.log(culprit, "41.1.train.1.log")
+    deep.log(victim, "41.1.train.0.log")
+    deep.output(output)
+    assert deep.status("41").why == why
+
+
+def test_where_slurm_cannot_be_asked_a_stage_is_not_called_failed(deep):
+    deep.events("started")
+    assert deep.status("41", asked=False).state == "running"
 
 
 def test_a_job_that_is_gone_without_a_word_has_failed(deep):

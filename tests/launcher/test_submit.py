@@ -5,11 +5,12 @@ import os
 
 import pytest
 
-from megatron_growth.errors import ConfigError
+from megatron_growth import cli
+from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.launcher.chain import chain
 from megatron_growth.launcher.experiment import load_experiment
 from megatron_growth.launcher.render import Target
-from megatron_growth.launcher.submit import submit
+from megatron_growth.launcher.submit import check_idle, submit
 from tests.launcher.experiments import write
 from tests.launcher.rendering import lines, rendered, stub
 
@@ -21,15 +22,17 @@ def start(tmp_path, monkeypatch):
     """Submit the small chain; sbatch hands out 101, 102, ... and squeue tells what $QUEUE holds."""
     stub(tmp_path / "bin", "sbatch",
          'echo "$*" >>"$ASKED"; n=$(wc -l <"$ASKED"); echo $((100 + n))')  # fmt: skip
-    stub(tmp_path / "bin", "squeue", 'echo "$QUEUE"')
+    stub(tmp_path / "bin", "squeue", 'echo "$QUEUE"; [[ -n $QUEUE || -z $DOWN ]]')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
     monkeypatch.setenv("QUEUE", "")
+    monkeypatch.setenv("DOWN", "")
 
     def call(*settings, stage=None):
-        rendered(tmp_path, Target.SLURM, *settings)
         experiment = load_experiment(write(tmp_path), settings)
         links = [link for link in chain(experiment) if stage in (None, link.stage.name)]
+        check_idle(experiment, links, tmp_path)
+        rendered(tmp_path, Target.SLURM, *settings)
         list(submit(experiment, links, Target.SLURM, tmp_path))
         asked = [line.replace(f"{tmp_path}/runs/small/", "") for line in lines(tmp_path / "asked")]
         return asked, json.loads((tmp_path / "runs/small/jobs.json").read_text())
@@ -67,6 +70,33 @@ def test_a_stage_that_is_queued_already_is_refused(start, monkeypatch):
     monkeypatch.setenv("QUEUE", "101 RUNNING None")
     with pytest.raises(ConfigError, match=r"stage 'base' is job 101 already .RUNNING.; cancel it"):
         start()
+
+
+def test_a_refused_launch_changes_no_file_of_what_runs(start, monkeypatch, tmp_path):
+    start()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUEUE", "102 PENDING Dependency")
+    process = tmp_path / "runs/small/deep/process.sh"
+    process.write_text("as it was")
+    words = ["launch", str(write(tmp_path)), "--target", "slurm", "--submit"]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--set", "cluster.device=cpu"])
+    assert process.read_text() == "as it was"
+
+
+def test_a_controller_that_does_not_answer_is_not_an_empty_queue(start, monkeypatch):
+    start()
+    monkeypatch.setenv("DOWN", "yes")
+    with pytest.raises(GrowthError, match=r"squeue .* failed with exit code 1"):
+        start()
+
+
+def test_a_job_whose_alert_was_refused_is_not_forgotten(start, tmp_path):
+    stub(tmp_path / "bin", "sbatch", "[[ $* == *alert.sh* ]] && exit 1; echo 101")
+    with pytest.raises(GrowthError, match=r"sbatch .*alert.sh.* failed"):
+        start(ALERT)
+    jobs = json.loads((tmp_path / "runs/small/jobs.json").read_text())
+    assert jobs == {"base": {"job": "101"}}
 
 
 def test_a_single_stage_waits_for_a_parent_that_still_runs(start, monkeypatch):

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -44,7 +46,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Chain:
     """The quickstart, a rank on each of two nodes, below a directory of its own."""
 
-    def __init__(self, slurm: MiniSlurm, workdir: Path, corpus: Path, changes: dict) -> None:
+    def __init__(
+        self, slurm: MiniSlurm, workdir: Path, corpus: Path, changes: dict, more: Sequence[dict]
+    ) -> None:
         self.slurm, self.workdir = slurm, workdir
         self.directory = workdir / "runs" / "quickstart"
         profile = {
@@ -52,8 +56,10 @@ class Chain:
             "python": sys.executable, "environment": {"GLOO_SOCKET_IFNAME": "lo"},
             "slurm": {"minutes": 20, "gpus": False},
         }  # fmt: skip
-        self.profile = workdir / "cluster.yaml"
-        self.profile.write_text(yaml.safe_dump(profile))
+        quickstart = yaml.safe_load(QUICKSTART.read_text())
+        content = {**quickstart, "cluster": profile, "stages": [*quickstart["stages"], *more]}
+        self.experiment = workdir / "quickstart.yaml"
+        self.experiment.write_text(yaml.safe_dump(content, sort_keys=False))
         self.settings = {
             "data.train": [str(corpus / "train")], "defaults.nodes": 2,
             "defaults.save_interval": 10, "defaults.megatron.log-interval": 1, **changes,
@@ -61,7 +67,7 @@ class Chain:
 
     def launch(self) -> None:
         """`megatron-growth launch --target slurm --submit`."""
-        self._run("launch", "--target", "slurm", "--submit", "--cluster", self.profile)
+        self._run("launch", "--target", "slurm", "--submit")
 
     def states(self) -> dict[str, dict]:
         """`megatron-growth status --json`, by stage."""
@@ -69,7 +75,7 @@ class Chain:
         return {stage["name"]: stage for stage in stages}
 
     def _run(self, command: str, *words: object) -> str:
-        arguments = [command, QUICKSTART, *words]
+        arguments = [command, self.experiment, *words]
         for path, value in self.settings.items():
             arguments += ["--set", f"{path}={json.dumps(value)}"]
         # In this process: Megatron, which the flag check imports, takes its seconds once.
@@ -97,15 +103,42 @@ class Chain:
         tracker = self.directory / stage / "checkpoints" / "latest_checkpointed_iteration.txt"
         return int(tracker.read_text() or 0) if tracker.exists() else 0
 
-    def said(self, stage: str, restart: int) -> str:
+    def said(self, stage: str, restart: int, kind: str = "train") -> str:
         """All that the ranks of a start printed."""
-        logs = sorted((self.directory / stage / "ranks").glob(f"*.{restart}.train.*.log"))
+        logs = sorted((self.directory / stage / "ranks").glob(f"*.{restart}.{kind}.*.log"))
         return "".join(log.read_text(errors="replace") for log in logs)
+
+    def steps(self, stage: str, restart: int) -> list[int]:
+        """The iterations that a start trained."""
+        text = self.said(stage, restart)
+        return [int(number) for number in re.findall(r"\] iteration +(\d+)/", text)]
+
+    def kill(self, stage: str, rank: int) -> None:
+        """End one training process of a stage, without a word."""
+        of_it = {f"SLURM_JOB_ID={self.job(stage)}", f"RANK={rank}"}
+        conf = self.slurm.root / "etc/slurm.conf"
+        found = [pid for pid in minislurm.belonging(conf) if of_it <= minislurm.environment(pid)]
+        os.kill(min(found), signal.SIGKILL)
 
 
 @pytest.fixture
 def chain(slurm: MiniSlurm, corpus: Path, tmp_path: Path):
-    def make(**changes: object) -> Chain:
-        return Chain(slurm, tmp_path, corpus, {k.replace("__", "."): v for k, v in changes.items()})
+    def make(*more: dict, **changes: object) -> Chain:
+        return Chain(slurm, tmp_path, corpus, changes, more)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def timed(slurm: MiniSlurm, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """One that ends by itself after a minute: 5 of walltime, less 3 to start and 1 to save. It has
+    a node of its own, and runs beside what is tested meanwhile."""
+    changes = {
+        "cluster.slurm": {"minutes": 5, "gpus": False, "partition": "aside"},
+        "cluster.start_minutes": 3, "cluster.preflight": False,
+        "defaults.nodes": 1, "defaults.layout": {}, "defaults.save_interval": 100000,
+        "stages[1].layout": {}, "stages[0].budget": {"iterations": 100000},
+    }  # fmt: skip
+    run = Chain(slurm, tmp_path_factory.mktemp("timed"), corpus, changes, ())
+    run.launch()
+    return run

@@ -1,8 +1,12 @@
-"""A real SLURM on this machine: a controller and two nodes on loopback, from Debian's packages.
+"""A real SLURM on this machine: a controller and three nodes on loopback, from Debian's packages.
 
-Nothing of the system's own SLURM or munge is touched: every file is below one directory, every port
-is one that was free, and what was started is stopped by its pid file. The nodes claim more CPUs
-than there are; SLURM believes them.
+Nothing of the system's own SLURM or munge is touched: every file is below one directory, and every
+port is one that was free. The nodes claim more CPUs than there are; SLURM believes them.
+
+It ends with the process that started it, however that ends. A keeper (this file, run as a script)
+reads from a pipe whose other end only that process has; when it is closed the keeper kills what
+belongs to this SLURM: daemons, steps, and the ranks of jobs. Those know each other by `SLURM_CONF`
+in their environment, which names a file below the one directory.
 """
 
 import os
@@ -10,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
+STAND_IN = Path(__file__).with_name("container_options.c")
 
 _CONF = """
 ClusterName=mini
@@ -54,8 +60,10 @@ MinJobAge=86400
 MailProg=/bin/true
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 RealMemory=16000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 RealMemory=16000
-PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=64 RealMemory=16000
+PartitionName=batch Nodes=n[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+PartitionName=aside Nodes=n3 MaxTime=INFINITE
 """  # noqa: E501
 
 
@@ -71,11 +79,19 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
+def no_container_options() -> str | None:
+    """Why srun cannot be taught Pyxis' options here; None where it can."""
+    if shutil.which("gcc") is None or not Path("/usr/include/slurm/spank.h").exists():
+        return "gcc or libslurm-dev is not installed; `make slurm` installs Debian's packages"
+    return None
+
+
 @dataclass(frozen=True)
 class MiniSlurm:
     """One that runs."""
 
     root: Path
+    keeper: subprocess.Popen[bytes]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -91,12 +107,15 @@ class MiniSlurm:
 
     def state(self, job: str) -> str:
         """`PENDING`, `RUNNING`, `COMPLETED`, ..."""
-        shown = dict(
-            pair.split("=", 1)
-            for pair in self.run("scontrol", "show", "job", "-o", job).split()
-            if "=" in pair
-        )
-        return shown["JobState"]
+        return self._shown(job)["JobState"]
+
+    def exit_code(self, job: str) -> int:
+        """Of its script."""
+        return int(self._shown(job)["ExitCode"].split(":")[0])
+
+    def _shown(self, job: str) -> dict[str, str]:
+        words = self.run("scontrol", "show", "job", "-o", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def start(root: Path) -> MiniSlurm:
@@ -106,11 +125,11 @@ def start(root: Path) -> MiniSlurm:
     key = root / "etc/munge.key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
-    conf = _CONF.format(root=root, host=socket.gethostname(), ports=_free_ports(3))
+    conf = _CONF.format(root=root, host=socket.gethostname(), ports=_free_ports(1 + len(NODES)))
     (root / "etc/slurm.conf").write_text(conf)
     (root / "etc/cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
-    (root / "etc/plugstack.conf").touch()
-    slurm = MiniSlurm(root)
+    (root / "etc/plugstack.conf").write_text(_plugins(root))
+    slurm = MiniSlurm(root, _keeper(root / "etc/slurm.conf"))
     files = {
         "key-file": key,
         "socket": root / "run/munge.socket",
@@ -124,6 +143,22 @@ def start(root: Path) -> MiniSlurm:
         _daemon(slurm, "slurmd", "-N", node)
     wait_for(lambda: set(slurm.run("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, 30)
     return slurm
+
+
+def _plugins(root: Path) -> str:
+    """The content of plugstack.conf."""
+    if no_container_options():
+        return ""
+    built = root / "etc/container_options.so"
+    words = ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", built, STAND_IN]
+    subprocess.run(words, timeout=60, check=True)
+    return f"required {built}\n"
+
+
+def _keeper(conf: Path) -> subprocess.Popen[bytes]:
+    # In a session of its own: what interrupts the tests does not reach it.
+    words = [sys.executable, __file__, str(conf)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _daemon(slurm: MiniSlurm, *words: str) -> None:
@@ -143,30 +178,39 @@ def _free_ports(number: int) -> Sequence[int]:
 
 
 def stop(slurm: MiniSlurm) -> None:
-    """Cancel what runs and end the daemons, nodes first."""
-    with suppress(AssertionError, subprocess.TimeoutExpired):
-        slurm.run("scancel", "--user=root")
-        wait_for(lambda: not slurm.run("squeue", "-h").strip(), 30)
-    for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munged"):
-        path = slurm.root / f"run/{name}.pid"
-        if path.exists():
-            _end(int(path.read_text()))
+    """End it, with all that runs in it."""
+    slurm.keeper.communicate(timeout=60)
+    assert slurm.keeper.returncode == 0, "something did not end"
 
 
-def _end(pid: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-        with suppress(AssertionError):
-            return wait_for(lambda: not _alive(pid), 10)
+def belonging(conf: Path) -> list[int]:
+    """The processes of the SLURM with this configuration. A zombie, which nobody reaps in a
+    container, has no environment left."""
+    pids = [int(directory.name) for directory in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if f"SLURM_CONF={conf}" in environment(pid)]
 
 
-def _alive(pid: int) -> bool:
-    """A zombie, which nobody reaps in a container, has ended."""
+def environment(pid: int) -> set[str]:
+    """What a process was started with: `NAME=VALUE`. Nothing where there is none such."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
     except OSError:
-        return False
+        return set()
+    return set(text.split("\0"))
+
+
+def _keep(conf: Path) -> None:
+    sys.stdin.buffer.read()  # until the other end is closed
+    for _ in range(2):  # what was just being started shows the second time
+        wait_for(lambda: not _killed(conf), 20)
+
+
+def _killed(conf: Path) -> list[int]:
+    found = belonging(conf)
+    for pid in found:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return found
 
 
 def wait_for(holds: Callable[[], bool], seconds: float) -> None:
@@ -179,3 +223,7 @@ def wait_for(holds: Callable[[], bool], seconds: float) -> None:
     while not holds():
         assert time.monotonic() < end, f"still not so after {seconds} s"
         time.sleep(0.3)
+
+
+if __name__ == "__main__":
+    _keep(Path(sys.argv[1]))
