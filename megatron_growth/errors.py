@@ -10,6 +10,8 @@ exceptions from rank to rank.
 class GrowthError(Exception):
     """Something the user can put right; the message says how."""
 
+    exit_code = 2
+
 
 class ConfigError(GrowthError):
     """The configuration file or a command-line argument must change."""
@@ -22,3 +24,14 @@ class PlanError(GrowthError):
 class CheckpointError(GrowthError):
     """The checkpoint on disk is missing, incomplete, damaged or of a format that cannot be
     grown."""
+
+
+class StageError(GrowthError):
+    """A stage of an experiment ended before it was done; the exit code is the stage's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message, exit_code)
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return str(self.args[0])

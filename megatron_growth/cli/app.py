@@ -49,20 +49,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(2)
         _fail(f"{error.format_message()} (--help says more)")
     except GrowthError as error:
-        _fail(str(error))
+        _fail(str(error), error.exit_code)
     except OSError as error:
         _fail(f"{error.filename!r}: {error.strerror}; see that it is there and may be used")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         line = " ".join(message.splitlines())
         print(f"megatron-growth: error: {line}", file=sys.stderr, flush=True)
     else:
         time.sleep(_SECONDS_FOR_RANK_0)
-    sys.exit(2)
+    sys.exit(code)
 
 
 @app.command()

@@ -10,6 +10,8 @@ import yaml
 from rich.console import Console
 
 from megatron_growth.cli.shared import AsJson, Profile, Settings, print_json
+from megatron_growth.errors import ConfigError
+from megatron_growth.launcher import jobs
 from megatron_growth.launcher.base import check_base
 from megatron_growth.launcher.budget import budget
 from megatron_growth.launcher.budget_tables import print_budget
@@ -20,12 +22,14 @@ from megatron_growth.launcher.experiment import (
     load_experiment,
     stage_named,
 )
+from megatron_growth.launcher.files import write_files
 from megatron_growth.launcher.json_schema import experiment_schema
-from megatron_growth.launcher.provenance import environment_file, git_file
+from megatron_growth.launcher.launched import RESOLVED, check_unchanged
+from megatron_growth.launcher.provenance import ENVIRONMENT, GIT, environment_file, git_file
 from megatron_growth.launcher.render import File, Target, stage_files
 from megatron_growth.launcher.status import stage_status
 from megatron_growth.launcher.status_table import print_status
-from megatron_growth.launcher.submit import check_idle, jobs, queue
+from megatron_growth.launcher.submit import check_idle, check_ready, job_of, queue
 from megatron_growth.launcher.submit import submit as start
 from megatron_growth.quiet import quiet
 
@@ -46,6 +50,8 @@ def launch(
     """Write what torchrun, SLURM or Kubernetes needs to run an experiment's stages, and start
     them."""
     console, workdir = Console(highlight=False), Path.cwd()
+    if dry_run and submit:
+        raise ConfigError("--dry-run starts nothing and --submit does; leave one of them out")
     loaded = load_experiment(experiment, settings or (), cluster)
     links = chain(loaded)
     if stage is not None:
@@ -56,21 +62,26 @@ def launch(
 
         check_flags(loaded, links)
     chosen = [link for link in links if stage in (None, link.stage.name)]
-    if target is Target.SLURM and submit and not dry_run:
-        check_idle(loaded, chosen, workdir)
     files = [_resolved(loaded, workdir), *_files(loaded, chosen, target, workdir)]
-    for file in files:
-        if dry_run:
-            console.rule(str(file.path.relative_to(workdir)), align="left")
-            print(file.text)
-        else:
-            _write(file)
     if dry_run:
+        _show(console, files, workdir)
         return
+    check_unchanged(loaded, links, workdir)
+    check_idle(loaded, chosen, workdir)
+    if submit:
+        check_ready(loaded, chosen, target, workdir)
+    write_files(files)
     console.print(f"{len(files)} files written below {loaded.directory}")
     if submit:
         for line in start(loaded, chosen, target, workdir):
             console.print(line)
+
+
+def _show(console: Console, files: list[File], workdir: Path) -> None:
+    for file in files:
+        below = file.path.is_relative_to(workdir)
+        console.rule(str(file.path.relative_to(workdir) if below else file.path), align="left")
+        print(file.text)
 
 
 def status(
@@ -82,11 +93,10 @@ def status(
     """Show where an experiment's stages are: waiting, running, done, failed and why."""
     workdir = Path.cwd()
     loaded = load_experiment(experiment, settings or (), cluster)
-    known = jobs(workdir / loaded.directory)
-    ids = [entry["job"] for entry in known.values()]
-    waiting = queue(ids)
+    known = jobs.read(workdir / loaded.directory)
+    waiting = queue(known)
     stages = [
-        stage_status(link, known.get(link.stage.name, {}).get("job"), waiting, workdir)
+        stage_status(link, job_of(known.get(link.stage.name, {})), waiting, workdir)
         for link in chain(loaded)
     ]
     if as_json:
@@ -125,8 +135,8 @@ def _files(experiment: Experiment, links: list[Link], target: Target, workdir: P
     for link in links:
         directory = workdir / link.directory
         files += stage_files(experiment, link, target, workdir)
-        files.append(File(directory / "env.json", environment_file(link, experiment.cluster)))
-        files.append(File(directory / "git.json", git))
+        files.append(File(directory / ENVIRONMENT, environment_file(link, experiment.cluster)))
+        files.append(File(directory / GIT, git))
     return files
 
 
@@ -135,9 +145,4 @@ def _resolved(experiment: Experiment, workdir: Path) -> File:
     content = experiment.model_dump(mode="json", by_alias=True, exclude_none=True)
     head = f"# As launched by megatron-growth {version('megatron-growth')}.\n"
     text = head + yaml.safe_dump(content, sort_keys=False)
-    return File(workdir / experiment.directory / "experiment.yaml", text)
-
-
-def _write(file: File) -> None:
-    file.path.parent.mkdir(parents=True, exist_ok=True)
-    file.path.write_text(file.text, encoding="utf-8")
+    return File(workdir / experiment.directory / RESOLVED, text)

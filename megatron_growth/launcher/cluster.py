@@ -108,8 +108,9 @@ class Cluster(Strict):
     memory_gb: Annotated[float, Field(gt=0)] = 80
     """Memory of a device, in 10^9 bytes; `plan` compares with it."""
 
-    python: str = "python"
-    """The Python that has this package, where the processes run."""
+    python: str | None = None
+    """The Python that has this package, where the processes run. By default `python` there, and
+    with `--target torchrun` the one that launches."""
 
     container: Container | None = None
     """None runs on the nodes themselves."""

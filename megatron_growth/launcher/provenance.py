@@ -14,6 +14,9 @@ from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.cluster import Cluster
 from megatron_growth.launcher.environment import environment
 
+ENVIRONMENT = "env.json"
+GIT = "git.json"
+
 
 def environment_file(link: Link, cluster: Cluster) -> str:
     """`env.json`: every variable that the stage's scripts set, and the secrets they ask for."""

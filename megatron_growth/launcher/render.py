@@ -13,6 +13,7 @@ The templates are in `launch/`, at the top of the repository and, by a link, in 
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,6 +29,7 @@ from megatron_growth.launcher.arguments import GROWTH_FILE, stage_arguments
 from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.environment import environment, modules
 from megatron_growth.launcher.experiment import Experiment
+from megatron_growth.launcher.kubernetes import job_name
 
 TEMPLATES = Path(__file__).with_name("templates")
 SECONDS_FOR_A_STEP = 60  # a signal is seen between two steps
@@ -139,7 +141,7 @@ def _values(experiment: Experiment, link: Link, target: Target, workdir: Path) -
         "title": f"Stage {stage.name!r} of {experiment.name!r}",
         "experiment": experiment.name,
         "name": stage.name,
-        "job_name": f"{experiment.name}-{stage.name}",
+        "job_name": job_name(experiment, link),
         "target": target.value,
         "workdir": str(workdir),
         "directory": str(workdir / link.directory),
@@ -152,7 +154,7 @@ def _values(experiment: Experiment, link: Link, target: Target, workdir: Path) -
         "nodes": stage.nodes,
         "processes_per_node": cluster.processes_per_node,
         "per_process": target is Target.SLURM and cluster.slurm.tasks == "per_process",
-        "python": cluster.python,
+        "python": cluster.python or (sys.executable if target is Target.TORCHRUN else "python"),
         "save_seconds": cluster.save_seconds,
         "signal_seconds": cluster.save_seconds + SECONDS_FOR_A_STEP,
         "checkpoint_bytes": link.parameters.total * BYTES_OF_A_PARAMETER,
@@ -171,10 +173,15 @@ def option_lines(words: list[str]) -> list[str]:
     lines: list[str] = []
     for word in words:
         if word.startswith("--") or not lines:
-            lines.append(shlex.quote(word))
+            lines.append(_quoted(word))
         else:
-            lines[-1] += f" {shlex.quote(word)}"
+            lines[-1] += f" {_quoted(word)}"
     return lines
+
+
+def _quoted(word: str) -> str:
+    """For an array of bash; a bare comma there looks like a mistake, to shellcheck too."""
+    return f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word)
 
 
 def _parent(experiment: Experiment, link: Link, workdir: Path) -> str:

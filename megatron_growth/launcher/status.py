@@ -5,13 +5,15 @@ job's) and, where there is SLURM, from its queue. Nothing is asked of the proces
 """
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_growth.launcher.chain import Link
+from megatron_growth.launcher.here import holder
 
 State = Literal["waiting", "running", "done", "failed"]
 
@@ -111,15 +113,19 @@ def _state(directory: Path, job: str | None, queue: Mapping[str, str]) -> tuple[
     if job is not None and job in queue:
         running = queue[job].split()[0] in ("RUNNING", "COMPLETING", "SUSPENDED")
         return ("running", "") if running else ("waiting", f"job {job} is {_in_words(queue[job])}")
-    events = [str(event["event"]) for event in _events(directory)]
+    events = _events(directory)
     if not events:
         return "waiting", f"job {job} was cancelled" if job else "not started"
-    if events[-1] in _FAILED:
+    last = events[-1]
+    if last["event"] in _FAILED:
         return "failed", ""
-    if events[-1] in ("stopped", "ended"):
-        return "waiting", f"{events[-1]} from outside; launch it again to go on"
-    if job is not None:  # SLURM has forgotten it, and it said nothing itself
+    if last["event"] in ("stopped", "ended"):
+        return "waiting", f"{last['event']} from outside; launch it again to go on"
+    if job is not None:  # the queue has forgotten it, and it said nothing itself
         return "failed", f"job {job} ended without a word: killed, or its node is gone"
+    was_here = last.get("host") == os.uname().nodename and last.get("job") == "local"
+    if was_here and holder(directory) is None:
+        return "failed", "ended without a word: killed; launch it again to go on"
     return "running", ""
 
 
@@ -133,7 +139,17 @@ def _events(directory: Path) -> list[dict[str, Any]]:
     path = directory / "events.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [event for line in lines if (event := _event(line))]
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """None for a line that was cut short: its writer was killed, or its disk was full."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "event" in found else None
 
 
 def _saved(directory: Path) -> int | None:
@@ -142,11 +158,11 @@ def _saved(directory: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def ends_of_logs(directory: Path, names: str = "*.log") -> list[str]:
-    """The ends of the ranks' outputs, the latest written first."""
+def ends_of_logs(directory: Path, names: str = "*.log") -> Iterator[str]:
+    """The ends of the ranks' outputs, the latest written first, each read when it is asked for."""
     paths = (directory / "ranks").glob(names)
     newest = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
-    return [_end(path) for path in newest]
+    return map(_end, newest)
 
 
 def _end(path: Path) -> str:
@@ -175,7 +191,7 @@ def _cause(directory: Path) -> str:
     last = _events(directory)[-1]
     job = last.get("job", "local")
     names = "*.log" if job == "local" else f"{job}.{last.get('restart', 0)}.*.log"
-    texts = ends_of_logs(directory, names)[::-1]
+    texts = list(ends_of_logs(directory, names))[::-1]
     output = directory / "slurm" / f"{job}.out"
     if output.exists():
         texts.append(_START.split(_end(output))[-1])

@@ -17,8 +17,8 @@ def print_status(console: Console, title: str, stages: Sequence[StageStatus]) ->
     """One row for each stage; why one failed below, in full."""
     columns = ("iteration", "saved", "loss", "tokens/s", "time left")
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("stage")
-    table.add_column("state")
+    table.add_column("stage", no_wrap=True, overflow="fold")
+    table.add_column("state", no_wrap=True, min_width=7)
     for column in columns:
         table.add_column(column, justify="right")
     for stage in stages:

@@ -1,5 +1,8 @@
 """Every experiment of ours loads, is planned, rendered for its cluster, and taken by Megatron."""
 
+import subprocess
+import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,24 @@ def test_it_loads_plans_renders_and_megatron_takes_it(path):
         assert args.num_experts == model.num_experts
         assert args.moe_router_topk == model.moe_router_topk
         assert args.hidden_size == model.hidden_size
+
+
+def test_what_they_render_passes_shellcheck(tmp_path):
+    scripts = []
+    for path, target in product(EXPERIMENTS, Target):
+        experiment = load_experiment(path)
+        if target is Target.K8S and experiment.cluster.container is None:
+            continue
+        for link in chain(experiment):
+            for file in stage_files(experiment, link, target, tmp_path / target / path.stem):
+                if file.path.suffix == ".sh":
+                    file.path.parent.mkdir(parents=True, exist_ok=True)
+                    file.path.write_text(file.text)
+                    scripts.append(file.path)
+    assert len(scripts) > 60
+    checker = Path(sys.executable).with_name("shellcheck")
+    found = subprocess.run([checker, *scripts], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[:3000]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

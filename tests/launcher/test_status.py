@@ -1,6 +1,8 @@
 """Where stages are, read from what they leave behind."""
 
+import fcntl
 import json
+import os
 
 import pytest
 
@@ -41,6 +43,7 @@ def deep(tmp_path):
         def status(self, job=None, queue=None, asked=True):
             return stage_status(link, job, (queue or {}) if asked else None, tmp_path)
 
+    Stage.directory = directory
     return Stage()
 
 
@@ -144,3 +147,22 @@ def test_the_command_shows_all_stages(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("deep") >= 2
     assert "not started" in printed
+
+
+def test_a_record_that_was_cut_short_counts_for_nothing(deep):
+    deep.events("started", "failed")
+    deep.log("[rank3]: RuntimeError: shape mismatch\n")
+    path = deep.directory / "events.jsonl"
+    path.write_text(path.read_text() + '{"time": "2026-11')
+    assert deep.status("41").why == "RuntimeError: shape mismatch"
+
+
+def test_what_was_killed_here_without_a_word_does_not_run(deep):
+    started = {"event": "started", "job": "local", "host": os.uname().nodename, "restart": 0}
+    (deep.directory / "events.jsonl").write_text(json.dumps(started))
+    assert deep.status().why == "ended without a word: killed; launch it again to go on"
+    with (deep.directory / ".lock.0").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert deep.status().state == "running"
+    (deep.directory / "events.jsonl").write_text(json.dumps({**started, "host": "elsewhere"}))
+    assert deep.status().state == "running", "as far as anybody here can tell"

@@ -10,7 +10,7 @@ from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.launcher.chain import chain
 from megatron_growth.launcher.experiment import load_experiment
 from megatron_growth.launcher.render import Target
-from megatron_growth.launcher.submit import check_idle, submit
+from megatron_growth.launcher.submit import check_idle, check_ready, submit
 from tests.launcher.experiments import write
 from tests.launcher.rendering import lines, rendered, stub
 
@@ -33,6 +33,7 @@ def start(tmp_path, monkeypatch):
         links = [link for link in chain(experiment) if stage in (None, link.stage.name)]
         check_idle(experiment, links, tmp_path)
         rendered(tmp_path, Target.SLURM, *settings)
+        check_ready(experiment, links, Target.SLURM, tmp_path)
         list(submit(experiment, links, Target.SLURM, tmp_path))
         asked = [line.replace(f"{tmp_path}/runs/small/", "") for line in lines(tmp_path / "asked")]
         return asked, json.loads((tmp_path / "runs/small/jobs.json").read_text())
@@ -105,3 +106,25 @@ def test_a_single_stage_waits_for_a_parent_that_still_runs(start, monkeypatch):
     asked, jobs = start(stage="deep")
     assert asked[1] == "--parsable --dependency=afterok:101 --kill-on-invalid-dep=yes deep/job.sh"
     assert jobs == {"base": {"job": "101"}, "deep": {"job": "102"}}
+
+
+def test_a_stage_whose_parent_will_not_be_there_is_refused(start, tmp_path):
+    with pytest.raises(ConfigError, match=r"stages\[2\].*'deep', is neither done nor queued"):
+        start(stage="wide")
+    (tmp_path / "runs/small/deep/DONE").touch()
+    assert start(stage="wide")[0] == ["--parsable wide/job.sh"]
+
+
+def test_a_secret_that_nobody_set_is_refused_before_anything_is_queued(start, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"cluster.secrets: WANDB_API_KEY not set here"):
+        start("cluster.secrets=[WANDB_API_KEY]")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    assert len(start("cluster.secrets=[WANDB_API_KEY]")[0]) == 3
+
+
+def test_a_damaged_record_of_jobs_is_said(start, tmp_path):
+    start()
+    (tmp_path / "runs/small/jobs.json").write_text("{")
+    with pytest.raises(GrowthError, match=r"jobs.json' is damaged .* remove it"):
+        start()

@@ -1,0 +1,84 @@
+"""This machine: the stages of one node each, one after the other.
+
+A stage is a process group of its own. Ctrl-C, and a TERM to the launcher, are passed on to its
+`node.sh` alone, which lets the run save before it ends. While anything of a stage runs, a lock in
+its directory is held, by the last of its processes if need be.
+"""
+
+import fcntl
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from megatron_growth.errors import StageError
+from megatron_growth.launcher.chain import Link
+
+LOCKS = ".lock.*"  # one for each node, as node.sh names them; in it the process id of node.sh
+
+
+def holder(directory: Path) -> str | None:
+    """The process id of a stage's `node.sh` if anything that it started still runs, as far as this
+    machine can tell; None if nothing does."""
+    for path in directory.glob(LOCKS):
+        with path.open("r+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.read().strip()
+            except OSError:  # a file system without locks
+                continue
+    return None
+
+
+def submit(links: Sequence[Link], workdir: Path) -> Iterator[str]:
+    """Run the stages; a line when one starts, and one when it ends.
+
+    Raises:
+        StageError: one failed, or was stopped.
+    """
+    for link in links:
+        yield f"{link.stage.name}: running"
+        code, stopped_by = _run(workdir / link.directory / "node.sh")
+        if code and stopped_by:
+            raise StageError(
+                f"stage {link.stage.name!r} was stopped; launch again to go on from what it saved",
+                128 + stopped_by,
+            )
+        if code:
+            raise StageError(
+                f"stage {link.stage.name!r} ended with exit code {code}; see "
+                f"{str(link.directory / 'ranks')!r}, put it right, and launch again to go on",
+                code if code > 0 else 128 - code,
+            )
+        yield f"{link.stage.name}: done"
+
+
+def _run(script: Path) -> tuple[int, int]:
+    """Run a stage's script; its exit code, and the signal that was passed on to it, 0 for none."""
+    with subprocess.Popen(["bash", str(script)], start_new_session=True) as process:
+        with _passed_on(process) as passed:
+            code = process.wait()
+        return code, passed[-1] if passed else 0
+
+
+@contextmanager
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """While inside, INT and TERM become the script's TERM; gives the list of what came."""
+    came: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not came:
+            print("stopping: the run saves after its current step", file=sys.stderr, flush=True)
+        came.append(number)
+        process.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,90 @@
+"""An experiment that is launched again: what may change, and what may not."""
+
+import json
+
+import pytest
+
+from megatron_growth import cli
+from tests.launcher.experiments import write
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*settings):
+        words = [word for setting in settings for word in ("--set", setting)]
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["launch", str(path), "--target", "slurm", *words])
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def begun(launch, tmp_path):
+    """Launched once: the first stage is done, the second has a checkpoint."""
+    assert launch()[0] == 0
+    stages = tmp_path / "runs/small"
+    (stages / "base/DONE").touch()
+    (stages / "deep/checkpoints").mkdir()
+    (stages / "deep/checkpoints/latest_checkpointed_iteration.txt").write_text("12")
+    return stages
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("model.hidden_size=128", "model.hidden_size is 128, but"),
+        ("model.megatron.rotary-base=500000", "model.megatron.rotary-base is 500000, but"),
+        ("data.tokenizer=HuggingFaceTokenizer", "data.tokenizer"),
+        ("stages[0].budget.iterations=20", "stages[0].budget.iterations is 20, but"),
+        ("stages[0].learning_rate.peak=0.5", "stages[0].learning_rate.peak is 0.5, but"),
+        ("stages[0].global_batch_size=32", "stages[0].global_batch_size is 32, but"),
+        ("stages[1].growth.depth.factor=3", "stages[1].growth.depth.factor is 3, but"),
+        ("stages[1].growth.seed=5", "stages[1].growth.seed is 5, but"),
+        ("stages[0].name=other", "the order of stages is ['other', 'deep', 'wide'], but"),
+    ],
+)
+def test_what_made_a_checkpoint_cannot_be_said_otherwise(begun, launch, setting, says):
+    record = (begun / "experiment.yaml").read_text()
+    code, err = launch(setting)
+    assert code == 2
+    assert says in err
+    assert "launch under another name" in err
+    assert err.count("\n") == 1
+    assert (begun / "experiment.yaml").read_text() == record
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "name=other",
+        "stages[0].nodes=2",
+        "stages[1].layout.expert=4",
+        "stages[1].budget={iterations: 30}",
+        "stages[2].growth.width.factor=4",
+        "defaults.save_interval=2",
+        "data.seq_length=256",
+    ],
+)
+def test_what_lies_ahead_may_change(begun, launch, setting):
+    code, err = launch(setting)
+    assert code == 0, err
+
+
+def test_what_an_earlier_launch_said_is_kept(begun, launch):
+    before = (begun / "experiment.yaml").read_text()
+    assert launch("stages[2].budget.iterations=7")[0] == 0
+    assert launch("stages[2].budget.iterations=8")[0] == 0
+    assert launch("stages[2].budget.iterations=8")[0] == 0
+    kept = sorted(path.name for path in begun.glob("experiment*.yaml"))
+    assert kept == ["experiment-1.yaml", "experiment-2.yaml", "experiment.yaml"]
+    assert (begun / "experiment-1.yaml").read_text() == before
+
+
+def test_logs_have_a_directory_before_a_job_opens_them(begun):
+    assert (begun / "deep/slurm").is_dir()
+    assert (begun / "deep/ranks").is_dir()
+    assert json.loads((begun / "deep/env.json").read_text())["environment"]
