@@ -36,7 +36,7 @@ from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.checkpoint.verify import Verification, verify
 from megatron_growth.checkpoint.write import Crew, Draft, Mode, Written, grow
-from megatron_growth.config import BaseConfig, ExperimentConfig, GrowthConfig, load_config
+from megatron_growth.config import BaseConfig, GrowthConfig, GrowthFile, load_config
 from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.launcher import command as launcher
 from megatron_growth.planning.keys import KeyForm
@@ -128,15 +128,15 @@ def plan(
     if config and not (load or from_manifest) and launcher.is_experiment(config):
         launcher.plan_experiment(config, settings, as_json)
         return
-    experiment, expected = _experiment(config, settings, from_manifest)
+    file, expected = _growth_file(config, settings, from_manifest)
     with quiet():
-        weights_only = experiment.growth.optimizer == "reset"
-        directory = _base_directory(experiment.base, load, config or from_manifest)
+        weights_only = file.growth.optimizer == "reset"
+        directory = _base_directory(file.base, load, config or from_manifest)
         source = SourceCheckpoint(directory, weights_only=weights_only)
-        made = plan_for(source, experiment.growth, _recorded_form(from_manifest))
+        made = plan_for(source, file.growth, _recorded_form(from_manifest))
         _check_same(made, expected)
         arguments = _target_arguments(made, source.args)
-        report = growth_report(source, experiment.growth, made, arguments)
+        report = growth_report(source, file.growth, made, arguments)
     if as_json:
         _print_json(report.document())
     else:
@@ -301,9 +301,9 @@ def _options(
 # ---------------------------------------------------------------------------------
 
 
-def _experiment(
+def _growth_file(
     config: Path | None, settings: Sequence[str] | None, from_manifest: Path | None
-) -> tuple[ExperimentConfig, str | None]:
+) -> tuple[GrowthFile, str | None]:
     """What is to be planned, and the fingerprint that the plan must have."""
     if (config or settings) and from_manifest:
         raise ConfigError(
@@ -318,12 +318,12 @@ def _experiment(
             "run"
         )
     base = {"load": recorded["base"], "iteration": manifest.base_iteration(recorded)}
-    return ExperimentConfig.model_validate({"base": base, "growth": recorded["growth"]}), recorded[
+    return GrowthFile.model_validate({"base": base, "growth": recorded["growth"]}), recorded[
         "plan_fingerprint"
     ]
 
 
-def _configured(config: Path | None, settings: Sequence[str] | None) -> ExperimentConfig:
+def _configured(config: Path | None, settings: Sequence[str] | None) -> GrowthFile:
     if config is None and not settings:
         raise ConfigError(
             "nothing says how to grow; give a configuration file, or --set growth.depth.factor=2 "
@@ -335,10 +335,10 @@ def _configured(config: Path | None, settings: Sequence[str] | None) -> Experime
 def _draft(
     config: Path | None, settings: Sequence[str] | None, load: Path | None, mode: Mode
 ) -> Draft:
-    experiment = _configured(config, settings)
-    given = load or experiment.base.load
-    directory = _base_directory(experiment.base, load, config)
-    return Draft(directory, experiment.growth, mode, given, experiment.continue_)
+    file = _configured(config, settings)
+    given = load or file.base.load
+    directory = _base_directory(file.base, load, config)
+    return Draft(directory, file.growth, mode, given, file.continue_)
 
 
 def _written(draft: Draft, save: Path, crew: Crew, resume: bool, checksum: bool) -> Written | None:

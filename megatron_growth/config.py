@@ -243,8 +243,8 @@ class ContinueConfig(Strict):
         return self
 
 
-class ExperimentConfig(Strict):
-    """A configuration file."""
+class GrowthFile(Strict):
+    """A growth file: what is grown, how, and how training goes on."""
 
     base: BaseConfig = BaseConfig()
     """What is grown."""
@@ -256,7 +256,7 @@ class ExperimentConfig(Strict):
     """How training goes on."""
 
 
-def load_config(path: str | Path | None, settings: Sequence[str] = ()) -> ExperimentConfig:
+def load_config(path: str | Path | None, settings: Sequence[str] = ()) -> GrowthFile:
     """Read a configuration file.
 
     Args:
@@ -274,10 +274,10 @@ def load_config(path: str | Path | None, settings: Sequence[str] = ()) -> Experi
             "of its stages, which `launch` writes"
         )
     try:
-        return ExperimentConfig.model_validate(overridden(content, settings))
+        return GrowthFile.model_validate(overridden(content, settings))
     except ValidationError as error:
         where = "--set" if path is None else path
-        raise ConfigError(f"{where}: {explain(error, ExperimentConfig)}") from None
+        raise ConfigError(f"{where}: {explain(error, GrowthFile)}") from None
 
 
 def read_mapping(path: str | Path, needed: str) -> dict[str, Any]:

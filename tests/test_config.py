@@ -13,7 +13,7 @@ from megatron_growth import GrowthConfig, GrowthPlan, GrowthStorageReader
 from megatron_growth.config import (
     BaseConfig,
     DepthConfig,
-    ExperimentConfig,
+    GrowthFile,
     NoiseConfig,
     WidthConfig,
     explain,
@@ -91,7 +91,7 @@ def test_a_configuration_is_a_frozen_value() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [GrowthConfig, DepthConfig, WidthConfig, NoiseConfig, BaseConfig, ExperimentConfig]
+    "model", [GrowthConfig, DepthConfig, WidthConfig, NoiseConfig, BaseConfig, GrowthFile]
 )
 def test_every_field_says_what_it_means(model) -> None:
     assert model.model_fields

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_growth.config import ExperimentConfig
+from megatron_growth.config import GrowthFile
 from megatron_growth.launcher.experiment import Experiment
 
 _HEAD = """# Every field
@@ -23,7 +23,7 @@ def reference() -> str:
     """The page."""
     shown: set[str] = set()
     parts = [_HEAD]
-    for title, model in (("Experiment", Experiment), ("Growth file", ExperimentConfig)):
+    for title, model in (("Experiment", Experiment), ("Growth file", GrowthFile)):
         parts.append(f"## {title}\n")
         parts += _sections(model, shown)
     return "\n".join(parts)

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from megatron_growth.config import ContinueConfig, ExperimentConfig
+from megatron_growth.config import ContinueConfig, GrowthFile
 from megatron_growth.errors import ConfigError
 from megatron_growth.launcher.arguments import GROWTH_FILE, stage_arguments
 from megatron_growth.launcher.chain import Link
@@ -89,7 +89,7 @@ def growth_file(link: Link) -> str:
     """The growth file of a stage that has a base."""
     assert link.growth is not None
     assert link.parent is not None
-    config = ExperimentConfig(base=link.parent, growth=link.growth, continue_=_continue(link))
+    config = GrowthFile(base=link.parent, growth=link.growth, continue_=_continue(link))
     content = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     head = f"# How stage {link.stage.name!r} starts. Written by `megatron-growth launch`.\n"
     return head + yaml.safe_dump(content, sort_keys=False)

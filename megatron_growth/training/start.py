@@ -19,8 +19,8 @@ from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.config import (
     ContinueConfig,
-    ExperimentConfig,
     GrowthConfig,
+    GrowthFile,
     LearningRateConfig,
 )
 from megatron_growth.errors import CheckpointError, ConfigError, PlanError
@@ -60,7 +60,7 @@ class Start:
     message: str
 
 
-def decide(config: ExperimentConfig, argv: Sequence[str]) -> Start:
+def decide(config: GrowthFile, argv: Sequence[str]) -> Start:
     """Grow the base, or resume the run.
 
     Args:
@@ -92,7 +92,7 @@ def decide(config: ExperimentConfig, argv: Sequence[str]) -> Start:
     return _grow(config, words, given, Path(load))
 
 
-def _resume(config: ExperimentConfig, argv: Sequence[str], save: Path) -> Start:
+def _resume(config: GrowthFile, argv: Sequence[str], save: Path) -> Start:
     written = manifest.read(save)
     if written is not None and _recorded(GrowthConfig, written, "growth", save) != config.growth:
         raise ConfigError(
@@ -158,9 +158,7 @@ def _check_continues_as_started(started: ContinueConfig, given: ContinueConfig, 
             )
 
 
-def _grow(
-    config: ExperimentConfig, argv: Sequence[str], given: dict[str, Any], load: Path
-) -> Start:
+def _grow(config: GrowthFile, argv: Sequence[str], given: dict[str, Any], load: Path) -> Start:
     iteration = given.get("ckpt_step", config.base.iteration)
     directory = iteration_directory(load, iteration)
     source = SourceCheckpoint(directory, weights_only=config.growth.optimizer == "reset")

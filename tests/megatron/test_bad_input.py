@@ -16,7 +16,7 @@ import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_growth import GrowthConfig, GrowthStorageReader
-from megatron_growth.config import ExperimentConfig
+from megatron_growth.config import GrowthFile
 from megatron_growth.errors import CheckpointError, GrowthError
 from megatron_growth.training import cpu_backend, entry, start
 from tests.checkpoint.bases import Model, megatron, objects, save, tensors
@@ -182,7 +182,7 @@ def test_a_release_is_loaded_where_the_tracker_names_it(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "base")
     (folder / "iter_0000007").rename(folder / "release")
     argv = ["--load", str(folder), "--save", str(tmp_path / "run")]
-    config = ExperimentConfig.model_validate({"base": {"iteration": "release"}, "growth": GROWTH})
+    config = GrowthFile.model_validate({"base": {"iteration": "release"}, "growth": GROWTH})
     with pytest.raises(CheckpointError, match=r"iter_0000007' does not exist.*release"):
         start.decide(config, argv)  # the tracker still says 7
     (folder / "iter_0000007").mkdir()
@@ -243,7 +243,7 @@ def test_a_schedule_is_said_as_the_run_counts(
 ) -> None:
     cpu_backend.install()
     settings = {"learning_rate": {"peak": 2e-3, **rate}}
-    config = ExperimentConfig.model_validate({"growth": GROWTH, "continue": settings})
+    config = GrowthFile.model_validate({"growth": GROWTH, "continue": settings})
     begun = " ".join(start.decide(config, ["--load", str(base), *argv]).argv)
     lengths = re.findall(r"--lr-(?:warmup|decay)-(?:iters|samples) \d+", begun)
     assert " ".join(lengths) == words
@@ -280,7 +280,7 @@ def test_a_restart_as_it_was_started_resumes(
     """Also where the manifest is older than the field, or than a part of it."""
     cpu_backend.install()
     run = started(tmp_path / "run", **fields)
-    config = ExperimentConfig.model_validate({"growth": GROWTH})
+    config = GrowthFile.model_validate({"growth": GROWTH})
     begin = start.decide(config, ["--load", str(base), "--save", str(run)])
     assert begin.source is None
     assert "resuming it as it is" in begin.message
