@@ -2,13 +2,13 @@
 
 Fields bear Megatron's names, so that `num_layers: 28` is `--num-layers 28`. What changes no
 tensor's shape (rope, router losses, norms' epsilon) goes into `megatron`, by the name of Megatron's
-option.
+option; an option that would change them, and that no field says, is refused there.
 """
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from megatron_growth.config import Strict
 
@@ -18,6 +18,26 @@ Positive = Annotated[int, Field(ge=1)]
 
 # [0]*3+[1]*58, as on Megatron's command line
 _RUN = re.compile(r"\[\s*([01])\s*\]\s*\*\s*(\d+)")
+
+# Options that give a model tensors which `planning/inventory.py` does not count, and what they do.
+_NOT_COUNTED = {
+    "hybrid-layer-pattern": "layers that are no transformer's",
+    "hybrid-override-pattern": "layers that are no transformer's",
+    "is-hybrid-model": "layers that are no transformer's",
+    "spec": "layers of a specification of its own",
+    "heterogeneous-layers-config-path": "layers that differ from each other",
+    "heterogeneous-layers-config-encoded-json": "layers that differ from each other",
+    "experimental-attention-variant": "an attention with tensors of its own",
+    "attention-output-gate": "a gate in its attention",
+    "mtp-use-repeated-layer": "one layer that all its multi-token-prediction modules share",
+    "mtp-hybrid-override-pattern": "modules that are no transformer's",
+    "quick-geglu": "gates that are no SwiGLU",
+}
+# The values of options that add no tensor.
+_NONE_ADDED = {
+    "position-embedding-type": ("rope", "yarn", "mrope", "none"),
+    "softmax-type": ("vanilla", "off-by-one"),
+}
 
 
 def _written_out(value: object) -> object:
@@ -48,7 +68,7 @@ class Geometry(Strict):
     """Size of a head; hidden_size / num_attention_heads by default."""
 
     ffn_hidden_size: Positive | None = None
-    """Width of the dense layers' SwiGLU; Megatron's default of 4 hidden_size is for those without,
+    """Width of the dense layers' MLP; Megatron's default of 4 hidden_size is for those without,
     so a model with dense layers must say it."""
 
     num_experts: Positive
@@ -58,7 +78,11 @@ class Geometry(Strict):
     """Experts that a token uses."""
 
     moe_ffn_hidden_size: Positive
-    """Width of an expert's SwiGLU."""
+    """Width of an expert."""
+
+    swiglu: bool = True
+    """MLPs and experts have a gate; false for those without, whose activation is an option:
+    `squared-relu: true`."""
 
     moe_layer_freq: Annotated[
         Positive | list[Annotated[int, Field(ge=0, le=1)]], BeforeValidator(_written_out)
@@ -67,6 +91,12 @@ class Geometry(Strict):
 
     moe_shared_expert_intermediate_size: Positive | None = None
     """Width of all shared experts together; none by default."""
+
+    moe_shared_expert_gate: bool = False
+    """A gate on what the shared experts give."""
+
+    moe_latent_size: Positive | None = None
+    """Width to which experts' inputs are projected first; none by default."""
 
     multi_latent_attention: bool = False
     """DeepSeek's attention; the sizes below are its own."""
@@ -89,6 +119,15 @@ class Geometry(Strict):
     qk_layernorm: bool = False
     """A norm on queries and keys."""
 
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """The norms; LayerNorm's have biases."""
+
+    add_bias_linear: bool = False
+    """Linear layers and the router have biases."""
+
+    add_qkv_bias: bool = False
+    """Of the attention, queries, keys and values have biases."""
+
     mtp_num_layers: Positive | None = None
     """Multi-token-prediction modules; none by default."""
 
@@ -101,6 +140,22 @@ class Geometry(Strict):
     megatron: Options = {}
     """Whatever else makes the model, by the names of Megatron's options without `--`:
     `rotary-base: 10000`; true for a switch, null to take one of an extended file back."""
+
+    @field_validator("megatron")
+    @classmethod
+    def _counted(cls, options: Options) -> Options:
+        for option, value in options.items():
+            name = option.removeprefix("--").replace("_", "-")
+            fine = (None, False, *_NONE_ADDED.get(name, ()))
+            if value in fine or name not in (*_NOT_COUNTED, *_NONE_ADDED):
+                continue
+            gives = _NOT_COUNTED.get(name, "a tensor for it in every such model")
+            raise ValueError(
+                f"{name} {value!r} gives the model {gives}, which an experiment cannot count or "
+                "divide; leave it out, or grow such a checkpoint with a growth file, which counts "
+                "what is there"
+            )
+        return options
 
     @model_validator(mode="after")
     def _consistent(self) -> "Geometry":
@@ -120,6 +175,18 @@ class Geometry(Strict):
                 f"{self.moe_layers.count(False)} of {self.num_layers} layers are dense, and their "
                 "width is not given; set ffn_hidden_size"
             )
+        shared = self.moe_shared_expert_intermediate_size
+        if self.moe_shared_expert_gate and shared is None:
+            raise ValueError(
+                "moe_shared_expert_gate needs shared experts; set "
+                "moe_shared_expert_intermediate_size, or drop the gate"
+            )
+        if self.add_bias_linear and shared is not None:
+            raise ValueError(
+                "add_bias_linear: Megatron's shared experts have no biases; drop one of the two"
+            )
+        if self.add_qkv_bias and self.multi_latent_attention:
+            raise ValueError("add_qkv_bias: latent attention has no such biases; drop it")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must divide hidden_size "
@@ -134,6 +201,11 @@ class Geometry(Strict):
         if isinstance(pattern, list):
             return [bool(entry) for entry in pattern]
         return [layer % pattern == 0 for layer in range(self.num_layers)]
+
+    @property
+    def fc1_parts(self) -> int:
+        """Outputs of an MLP's first projection, in widths: gate and up, or up alone."""
+        return 2 if self.swiglu else 1
 
     @property
     def head_size(self) -> int:

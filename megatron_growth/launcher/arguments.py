@@ -17,13 +17,8 @@ from megatron_growth.launcher.stage import Data, Layout
 
 GROWTH_FILE = "growth.yaml"
 
-# What `Geometry` takes for granted.
-_GIVEN: Table = {
-    "swiglu": True,
-    "normalization": "RMSNorm",
-    "disable-bias-linear": True,
-    "position-embedding-type": "rope",
-}
+# Megatron's default is a table of positions, which `Geometry` does not count.
+_GIVEN: Table = {"position-embedding-type": "rope"}
 
 # A stage is resumed, grown and stopped; this is what it takes.
 _ALWAYS: Table = {
@@ -37,6 +32,7 @@ _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", 
 _SHAPE = (
     "num_layers", "hidden_size", "num_attention_heads", "kv_channels", "ffn_hidden_size",
     "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate", "moe_latent_size", "swiglu", "normalization", "add_qkv_bias",
     "qk_layernorm", "mtp_num_layers", "vocab_size", "untie_embeddings_and_output_weights",
 )  # fmt: skip
 
@@ -79,6 +75,7 @@ def _model_table(experiment: Experiment) -> Table:
 
 def _shape(model: Geometry) -> Table:
     table: Table = {name.replace("_", "-"): getattr(model, name) for name in _SHAPE}
+    table["disable-bias-linear"] = not model.add_bias_linear
     if model.num_query_groups:
         table |= {"group-query-attention": True, "num-query-groups": model.num_query_groups}
     if model.multi_latent_attention:

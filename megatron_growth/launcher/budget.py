@@ -1,23 +1,21 @@
 """What an experiment costs and whether it fits, stage by stage, before anything runs."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_growth.geometry import Geometry, Value
+from megatron_growth.geometry import Geometry
+from megatron_growth.launcher.budget_notes import Note, notes
 from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.experiment import Experiment
-from megatron_growth.launcher.options import named
 from megatron_growth.launcher.render import BYTES_OF_A_PARAMETER
-from megatron_growth.planning.cost import FLOPS_PER_PARAMETER_AND_TOKEN, count_parameters
-from megatron_growth.planning.inventory import architecture, tensors
-from megatron_growth.planning.memory import (
-    BUFFERS,
-    Memory,
-    Sharding,
-    all_to_all_bytes,
-    memory,
+from megatron_growth.launcher.sharding import sharding
+from megatron_growth.planning.cost import (
+    FLOPS_PER_PARAMETER_AND_TOKEN,
+    Activated,
+    count_parameters,
 )
+from megatron_growth.planning.inventory import architecture, tensors
+from megatron_growth.planning.memory import Memory, all_to_all_bytes, delivered_bytes, memory
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,13 @@ class StageBudget:
         sunk: FLOPs of the stages before; None where the base was trained elsewhere.
         boundary: F_c of what it grows; None where it grows nothing.
         gpus: devices.
+        chunks: into which pipeline and virtual stages cut the layers.
         memory: of the fullest rank.
         all_to_all: bytes a rank dispatches in one MoE layer, forward, each micro-batch.
+        all_to_all_before: the same for the model that it grows, in this stage's layout; None where
+            it grows nothing.
         checkpoint: bytes on disk, optimizer included.
-        load: bytes that a rank takes in at the start.
+        load: bytes that a checkpoint gives the rank that takes most, when it starts.
         notes: what will not fit, not divide, or is worth knowing.
     """
 
@@ -54,11 +55,13 @@ class StageBudget:
     sunk: int | None
     boundary: int | None
     gpus: int
+    chunks: tuple[int, int]
     memory: Memory
     all_to_all: int
+    all_to_all_before: int | None
     checkpoint: int
     load: int
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
     def document(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -78,126 +81,40 @@ def budget(experiment: Experiment, links: list[Link]) -> list[StageBudget]:
 
 def _stage(experiment: Experiment, link: Link, sunk: int | None) -> StageBudget:
     stage, model = link.stage, link.model
-    gpus = stage.nodes * experiment.cluster.processes_per_node
     activated = _activated(model)
-    per_token = FLOPS_PER_PARAMETER_AND_TOKEN * activated
+    per_token = FLOPS_PER_PARAMETER_AND_TOKEN * activated.parameters
     tokens = (link.last - link.first) * link.tokens
-    sharding = _sharding(experiment, link, gpus)
-    held = memory(model, tensors(model), sharding)
+    lies = sharding(experiment, link)
+    held = memory(model, tensors(model), lies)
     total = link.parameters.total
-    notes = [*_divide(link, gpus), *_fit(experiment, held), *_growth_notes(link, sunk)]
+    grows = link.base if stage.growth else None
+    boundary = _activated(grows).chinchilla_flops if grows else None
+    fresh = stage.growth is not None and stage.growth.optimizer == "reset"
     return StageBudget(
         name=stage.name,
         layers=model.num_layers,
         experts=model.num_experts,
         top_k=model.moe_router_topk,
         parameters=total,
-        activated=activated,
+        activated=activated.parameters,
         flops_per_token=per_token,
         iterations=(link.first, link.last),
         tokens=tokens,
         flops=tokens * per_token,
         sunk=sunk,
-        boundary=_boundary(link.base) if link.base and stage.growth else None,
-        gpus=gpus,
+        boundary=boundary,
+        gpus=stage.nodes * experiment.cluster.processes_per_node,
+        chunks=(lies.pipeline, lies.virtual),
         memory=held,
-        all_to_all=all_to_all_bytes(model, sharding),
+        all_to_all=all_to_all_bytes(model, lies),
+        all_to_all_before=all_to_all_bytes(grows, lies) if grows else None,
         checkpoint=total * BYTES_OF_A_PARAMETER,
-        load=held.weights + held.optimizer,
-        notes=tuple(notes),
+        load=delivered_bytes(model, tensors(model), lies, optimizer=not fresh),
+        notes=tuple(notes(experiment, link, held, boundary, sunk)),
     )
 
 
-def _activated(model: Geometry) -> int:
+def _activated(model: Geometry) -> Activated:
     activated = count_parameters(tensors(model), architecture(model)).activated
     assert activated is not None  # a geometry says its top-k
-    return activated.parameters
-
-
-def _boundary(model: Geometry) -> int:
-    activated = count_parameters(tensors(model), architecture(model)).activated
-    assert activated is not None
-    return activated.chinchilla_flops
-
-
-def _sharding(experiment: Experiment, link: Link, gpus: int) -> Sharding:
-    stage, layout = link.stage, link.stage.layout
-    options = named(stage.megatron)
-    data = max(1, gpus // (layout.tensor * layout.pipeline * layout.context))
-    return Sharding(
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        virtual=layout.virtual or 1,
-        context=layout.context,
-        expert=layout.expert,
-        expert_tensor=layout.expert_tensor,
-        data=data,
-        expert_data=max(1, gpus // (layout.pipeline * layout.expert * layout.expert_tensor)),
-        tokens=stage.micro_batch_size * experiment.data.seq_length // layout.context,
-        microbatches=max(1, stage.global_batch_size // (stage.micro_batch_size * data)),
-        gradient_bytes=2 if options.get("grad-reduce-in-bf16") else 4,
-        recomputed=_recomputed(options),
-    )
-
-
-def _recomputed(options: Mapping[str, Value | None]) -> tuple[str, ...]:
-    if options.get("recompute-granularity") == "full":
-        return ("full",)
-    modules = options.get("recompute-modules")
-    return tuple(map(str, modules)) if isinstance(modules, list) else ()
-
-
-# -- what is worth saying
-
-
-def _divide(link: Link, gpus: int) -> Iterator[str]:
-    """What Megatron would refuse, or miss; the flag check says the same in its words."""
-    stage, layout, model = link.stage, link.stage.layout, link.model
-    dense = layout.tensor * layout.pipeline * layout.context
-    expert = layout.expert * layout.expert_tensor * layout.pipeline
-    stages = layout.pipeline * (layout.virtual or 1)
-    pairs = [
-        ("tensor x pipeline x context", dense, "GPUs", gpus),
-        ("expert x expert_tensor x pipeline", expert, "GPUs", gpus),
-        ("expert", layout.expert, "num_experts", model.num_experts),
-        ("tensor", layout.tensor, "num_attention_heads", model.num_attention_heads),
-    ]
-    free = named(stage.megatron)
-    if not any(name.startswith(("pipeline-model-parallel-layout", "decoder-")) for name in free):
-        pairs.append(("pipeline x virtual", stages, "num_layers", model.num_layers))
-    if gpus % dense == 0:
-        batch = stage.micro_batch_size * (gpus // dense)
-        pairs.append(
-            ("micro_batch_size x data", batch, "global_batch_size", stage.global_batch_size)
-        )
-    for name, value, what, number in pairs:
-        if number % value:
-            yield f"does not divide: {name} ({value}) must divide {what} ({number})"
-
-
-def _fit(experiment: Experiment, held: Memory) -> Iterator[str]:
-    has = experiment.cluster.memory_gb * 1e9
-    if experiment.cluster.device == "cpu":
-        return
-    if held.total + BUFFERS > has:
-        yield (
-            f"does not fit: {held.total / 1e9:.0f} GB and {BUFFERS / 1e9:.0f} GB of buffers, of "
-            f"{has / 1e9:.0f} GB; recompute moe_act and layernorm, or take more expert, pipeline "
-            "or data parallel ranks"
-        )
-    elif 1.15 * held.total + BUFFERS > has:
-        yield (
-            f"tight: {held.total / 1e9:.0f} GB and {BUFFERS / 1e9:.0f} GB of buffers, of "
-            f"{has / 1e9:.0f} GB, by an estimate good to 15%"
-        )
-
-
-def _growth_notes(link: Link, sunk: int | None) -> Iterator[str]:
-    growth = link.stage.growth
-    if growth is None or growth.depth is None or link.base is None or sunk is None:
-        return
-    ratio = sunk / _boundary(link.base)
-    advice = "interposition" if ratio > 1 else "stacking does as well"
-    yield f"depth: {ratio:.1f} F_c sunk into the base; the paper finds for {advice}"
-    if ratio > 1 and growth.depth.method == "stacking":
-        yield "depth: stacking is the baseline that the paper beats here; use interposition"
+    return activated

@@ -11,7 +11,7 @@ from rich.text import Text
 from megatron_growth.launcher.budget import StageBudget
 
 _ROWS: tuple[tuple[str, Callable[[StageBudget], str]], ...] = (
-    ("layers", lambda s: str(s.layers)),
+    ("layers, PP x VPP", lambda s: f"{s.layers}, {s.chunks[0]} x {s.chunks[1]}"),
     ("experts, top-k", lambda s: f"{s.experts}, {s.top_k}"),
     ("parameters", lambda s: _count(s.parameters)),
     ("activated", lambda s: _count(s.activated)),
@@ -27,10 +27,15 @@ _ROWS: tuple[tuple[str, Callable[[StageBudget], str]], ...] = (
     ("  gradients", lambda s: decimal(s.memory.gradients)),
     ("  optimizer", lambda s: decimal(s.memory.optimizer)),
     ("  activations", lambda s: decimal(s.memory.activations)),
+    ("  on pipeline rank", lambda s: str(s.memory.pipeline_rank)),
     ("all-to-all a layer", lambda s: decimal(s.all_to_all)),
+    ("  before growth", lambda s: _or_dash(s.all_to_all_before)),
     ("checkpoint", lambda s: decimal(s.checkpoint)),
-    ("load, each rank", lambda s: decimal(s.load)),
+    ("delivered to a rank", lambda s: decimal(s.load)),
 )
+
+
+_STYLES = {"error": "bold red", "warning": "bold yellow", "information": "bold"}
 
 
 def print_budget(console: Console, title: str, stages: Sequence[StageBudget]) -> None:
@@ -44,9 +49,12 @@ def print_budget(console: Console, title: str, stages: Sequence[StageBudget]) ->
     console.print(table)
     for stage in stages:
         for note in stage.notes:
-            bad = note.startswith("does not")
-            style = "bold red" if bad else "bold yellow" if note.startswith("tight") else "bold"
-            console.print(Text.assemble((f"{stage.name}: ", style), note), soft_wrap=True)
+            path = (f"{note.path}: ", _STYLES[note.severity])
+            console.print(Text.assemble(path, note.text), soft_wrap=True)
+
+
+def _or_dash(number: int | None) -> str:
+    return "-" if number is None else decimal(number)
 
 
 def _count(number: int) -> str:

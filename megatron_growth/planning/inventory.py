@@ -1,9 +1,8 @@
 """The tensors of a model that is not on disk yet, from its geometry.
 
 So that a model can be counted, grown and costed before it is trained: `tensors` lists what Megatron
-would save of its weights, for `cost` to count as it counts a checkpoint. RMSNorm, SwiGLU and no
-biases are taken for granted, as in every model of `configs/`; norms and biases are a ten-thousandth
-of the parameters. A test compares the list with what Megatron saves.
+would save of its weights, for `cost` to count as it counts a checkpoint.
+tests/megatron/test_inventory.py builds Megatron's models and compares, parameter for parameter.
 """
 
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ def _all(model: "Geometry") -> Iterator[tuple[str, Shape]]:
     yield "embedding.word_embeddings.weight", (vocabulary, hidden)
     if model.untie_embeddings_and_output_weights:
         yield "output_layer.weight", (vocabulary, hidden)
-    yield "decoder.final_layernorm.weight", (hidden,)
+    yield from _norm(model, "decoder.final_layernorm", hidden)
     for layer, is_moe in enumerate(model.moe_layers):
         for name, shape in _layer(model, is_moe):
             yield f"decoder.layers.{layer}.{name}", shape
@@ -45,23 +44,25 @@ def _all(model: "Geometry") -> Iterator[tuple[str, Shape]]:
 
 
 def _layer(model: "Geometry", is_moe: bool) -> Iterator[tuple[str, Shape]]:
-    yield "input_layernorm.weight", (model.hidden_size,)
-    yield "pre_mlp_layernorm.weight", (model.hidden_size,)
+    yield from _norm(model, "input_layernorm", model.hidden_size)
+    yield from _norm(model, "pre_mlp_layernorm", model.hidden_size)
     yield from _latent_attention(model) if model.multi_latent_attention else _attention(model)
     yield from _moe(model) if is_moe else _mlp(model, "mlp", model.ffn_hidden_size or 0)
 
 
 def _attention(model: "Geometry") -> Iterator[tuple[str, Shape]]:
-    heads, head = model.num_attention_heads, model.head_size
+    hidden, heads, head = model.hidden_size, model.num_attention_heads, model.head_size
     groups = model.num_query_groups or heads
-    yield "self_attention.linear_qkv.weight", ((heads + 2 * groups) * head, model.hidden_size)
-    yield "self_attention.linear_proj.weight", (model.hidden_size, heads * head)
+    qkv = (heads + 2 * groups) * head
+    yield from _linear(model, "self_attention.linear_qkv", qkv, hidden, model.add_qkv_bias)
+    yield from _linear(model, "self_attention.linear_proj", hidden, heads * head)
     if model.qk_layernorm:
-        yield "self_attention.q_layernorm.weight", (head,)
-        yield "self_attention.k_layernorm.weight", (head,)
+        yield from _norm(model, "self_attention.q_layernorm", head)
+        yield from _norm(model, "self_attention.k_layernorm", head)
 
 
 def _latent_attention(model: "Geometry") -> Iterator[tuple[str, Shape]]:
+    """Its projections have no biases, but for the last."""
     hidden, heads, rank = model.hidden_size, model.num_attention_heads, model.kv_lora_rank
     queries = heads * (model.qk_head_dim + model.qk_pos_emb_head_dim)
     if model.q_lora_rank is None:
@@ -73,32 +74,55 @@ def _latent_attention(model: "Geometry") -> Iterator[tuple[str, Shape]]:
     yield "self_attention.linear_kv_down_proj.weight", (down, hidden)
     up = heads * (model.qk_head_dim + model.v_head_dim)
     yield "self_attention.linear_kv_up_proj.weight", (up, rank)
-    yield "self_attention.linear_proj.weight", (hidden, heads * model.v_head_dim)
+    yield from _linear(model, "self_attention.linear_proj", hidden, heads * model.v_head_dim)
     if model.qk_layernorm:
-        yield "self_attention.kv_layernorm.weight", (rank,)
+        yield from _norm(model, "self_attention.kv_layernorm", rank)
         if model.q_lora_rank is not None:
-            yield "self_attention.q_layernorm.weight", (model.q_lora_rank,)
+            yield from _norm(model, "self_attention.q_layernorm", model.q_lora_rank)
 
 
 def _moe(model: "Geometry") -> Iterator[tuple[str, Shape]]:
-    hidden, width, experts = model.hidden_size, model.moe_ffn_hidden_size, model.num_experts
-    yield "mlp.router.weight", (experts, hidden)
-    yield "mlp.experts.experts.linear_fc1.weight", (experts, 2 * width, hidden)
-    yield "mlp.experts.experts.linear_fc2.weight", (experts, hidden, width)
+    hidden, experts = model.hidden_size, model.num_experts
+    yield from _linear(model, "mlp.router", experts, hidden)
+    if model.moe_latent_size:
+        yield from _linear(model, "mlp.fc1_latent_proj", model.moe_latent_size, hidden)
+        yield from _linear(model, "mlp.fc2_latent_proj", hidden, model.moe_latent_size)
+    inside = model.moe_latent_size or hidden
+    for name, shape in _mlp(model, "mlp.experts.experts", model.moe_ffn_hidden_size, inside):
+        yield name, (experts, *shape)
     if model.moe_shared_expert_intermediate_size:
         yield from _mlp(model, "mlp.shared_experts", model.moe_shared_expert_intermediate_size)
+    if model.moe_shared_expert_gate:
+        yield "mlp.shared_experts.gate_weight", (1, hidden)
 
 
-def _mlp(model: "Geometry", name: str, width: int) -> Iterator[tuple[str, Shape]]:
-    yield f"{name}.linear_fc1.weight", (2 * width, model.hidden_size)
-    yield f"{name}.linear_fc2.weight", (model.hidden_size, width)
+def _mlp(
+    model: "Geometry", name: str, width: int, outside: int | None = None
+) -> Iterator[tuple[str, Shape]]:
+    hidden = outside or model.hidden_size
+    yield from _linear(model, f"{name}.linear_fc1", model.fc1_parts * width, hidden)
+    yield from _linear(model, f"{name}.linear_fc2", hidden, width)
 
 
 def _mtp(model: "Geometry") -> Iterator[tuple[str, Shape]]:
     hidden = model.hidden_size
     yield "eh_proj.weight", (hidden, 2 * hidden)
     for norm in ("enorm", "hnorm", "final_layernorm"):
-        yield f"{norm}.weight", (hidden,)
+        yield from _norm(model, norm, hidden)
     # Upstream builds it like the last layer of the decoder.
     for name, shape in _layer(model, model.moe_layers[-1]):
         yield f"transformer_layer.{name}", shape
+
+
+def _linear(
+    model: "Geometry", name: str, rows: int, columns: int, bias: bool = False
+) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (rows, columns)
+    if bias or model.add_bias_linear:
+        yield f"{name}.bias", (rows,)
+
+
+def _norm(model: "Geometry", name: str, width: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (width,)
+    if model.normalization == "LayerNorm":
+        yield f"{name}.bias", (width,)

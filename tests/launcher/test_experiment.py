@@ -144,6 +144,13 @@ MISTAKES = [
     ("model.moe_layer_freq='[0]+[1]'", "model.moe_layer_freq: '[0]+[1]' is no pattern of layers"),
     ("model.moe_layer_freq=[0, 1]", "model: moe_layer_freq has 2 entries for num_layers (4)"),
     ("model.moe_layer_freq=2", "model: 2 of 4 layers are dense, and their width is not given"),
+    ("model.moe_shared_expert_gate=true", "model: moe_shared_expert_gate needs shared experts; set"),
+    ("model.megatron.hybrid-layer-pattern=M*",
+     "model.megatron: hybrid-layer-pattern 'M*' gives the model layers that are no transformer's, "
+     "which an experiment cannot count or divide; leave it out, or grow such a checkpoint with a "
+     "growth file"),
+    ("model.megatron.position-embedding-type=learned_absolute",
+     "model.megatron: position-embedding-type 'learned_absolute' gives the model a tensor"),
     ("model.hidden_size=63", "model: num_attention_heads (4) must divide hidden_size (63)"),
     ("model.megatron.x={a: 1}", "model.megatron.x: input should be"),
     ("data.mock=false", "data: give `train` or `mock: true`"),
@@ -165,6 +172,20 @@ def test_a_mistake_is_one_line_that_names_its_path(tmp_path, setting, says):
     message = str(refusal.value)
     assert message.startswith(f"{path}: {says}")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("add_bias_linear=true", "moe_shared_expert_intermediate_size=8"),
+         "add_bias_linear: Megatron's shared experts have no biases; drop one of the two"),
+        (("add_qkv_bias=true", "multi_latent_attention=true"),
+         "add_qkv_bias: latent attention has no such biases; drop it"),
+    ],
+)  # fmt: skip
+def test_what_a_model_cannot_have_together_is_refused(tmp_path, settings, says):
+    with pytest.raises(ConfigError, match=f"model: {says}"):
+        load_experiment(write(tmp_path), [f"model.{setting}" for setting in settings])
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ EXPERIMENTS = Path(__file__).resolve().parents[2] / "configs" / "experiments"
     "name", ["paper_17b_35b_70b", "qwen3_30b_a3b_width", "mixtral_8x7b_width", "deepseek_v3_style"]
 )
 def test_weights_gradients_and_optimizer_are_megatrons_own_estimate(name):
-    """Megatron's estimator knows fp32 gradients alone."""
-    settings = ["defaults.megatron.grad-reduce-in-bf16=null"]
-    if name.endswith("width"):
-        settings = ["stages[0].megatron.grad-reduce-in-bf16=null"]
+    """Megatron's estimator knows fp32 gradients and fp32 optimizer states alone."""
+    where = "stages[0]" if name.endswith("width") else "defaults"
+    options = ("grad-reduce-in-bf16", "use-precision-aware-optimizer")
+    settings = [f"{where}.megatron.{option}=null" for option in options]
     experiment = load_experiment(EXPERIMENTS / f"{name}.yaml", settings)
     links = chain(experiment)
     compared = 0
