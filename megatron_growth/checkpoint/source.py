@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 
+from megatron_growth.checkpoint.bridge import RUN_CONFIG, described_arguments
 from megatron_growth.checkpoint.collector import collector_off
 from megatron_growth.checkpoint.directory import check_format
 from megatron_growth.errors import CheckpointError
@@ -45,6 +46,7 @@ from megatron_growth.planning.plan import MASTER_STATES, Architecture
 
 COMMON_OBJECT = "common_state/shard_0_1"
 COMMON_FILE = "common.pt"  # megatron-core before 0.19
+_EMBEDDINGS = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -141,16 +143,59 @@ class SourceCheckpoint:
             if not (self.weights_only and is_optimizer_key(text)):
                 yield text, entry
 
-    @cached_property
+    @property
     def common_state(self) -> dict[str, Any] | None:
-        """Megatron's common state (`args`, `iteration`, ...), None for a checkpoint that has
-        none."""
-        return load_common_state(self.directory, self.metadata, self.reader)
+        """Megatron's common state (`args`, `iteration`, ...), None for a checkpoint that has none.
+        Where Megatron-Bridge saved it, `args` are those that its own description says."""
+        return self._described[0]
 
     @property
     def args(self) -> Any:
         """The Megatron arguments that the base was trained with, None where it has none."""
         return (self.common_state or {}).get("args")
+
+    @property
+    def described_in(self) -> str | None:
+        """The file that `args` were read from instead of the common state; None where they were
+        not."""
+        return self._described[1]
+
+    @property
+    def undescribed(self) -> str | None:
+        """Why such a file does not say the arguments; None where it does, or is not there."""
+        return self._described[2]
+
+    def required_args(self) -> Any:
+        """The Megatron arguments that the base was trained with.
+
+        Raises:
+            CheckpointError: it has none.
+        """
+        if self.args is None:
+            why = self.undescribed or "use a checkpoint that Megatron's training saved"
+            raise CheckpointError(
+                f"checkpoint {str(self.directory)!r} has no Megatron arguments, so the model is "
+                f"not known; {why}"
+            )
+        return self.args
+
+    @cached_property
+    def _described(self) -> tuple[dict[str, Any] | None, str | None, str | None]:
+        """The common state, the file that its arguments are from if not its own, and why it has
+        none."""
+        state = load_common_state(self.directory, self.metadata, self.reader)
+        if state is None or "args" in state:
+            return state, None, None
+        rows = self.metadata.state_dict_metadata.get(_EMBEDDINGS)
+        try:
+            args = described_arguments(
+                self.directory, rows.size[0] if isinstance(rows, TensorStorageMetadata) else None
+            )
+        except CheckpointError as error:
+            return state, None, str(error)
+        if args is None:
+            return state, None, None
+        return {**state, "args": args}, RUN_CONFIG, None
 
     @cached_property
     def architecture(self) -> Architecture:

@@ -1,8 +1,9 @@
 """A stage as Megatron's command line.
 
 Three tables, in this order: what makes the model, what the stage's fields say, and the free options
-of its `megatron` section. The model's are there only for training from random weights: any
-other stage's architecture is the base's, grown, and `megatron_growth.pretrain` puts it in.
+of its `megatron` section. The model's are there only for training from random weights: any other
+stage's architecture is the base's, grown, and `megatron_growth.pretrain` puts it in. So is the
+tokenizer, but for the stage after a base from elsewhere.
 """
 
 import math
@@ -55,7 +56,7 @@ def stage_arguments(
     Raises:
         ConfigError: an option is given twice, or nothing is left of the walltime.
     """
-    model = {} if link.growth else _model_table(experiment)
+    model = _of_base(experiment, link) if link.growth else _model_table(experiment)
     own = model | _stage_table(experiment, link, walltime)
     free = without_clash(own, link.stage.megatron, f"{link.path}.megatron")
     # Evaluated with every checkpoint unless said otherwise; upstream divides by it in any case.
@@ -64,13 +65,25 @@ def stage_arguments(
 
 def _model_table(experiment: Experiment) -> Table:
     model, data = experiment.model, experiment.data
-    own = _shape(model) | {
-        "max-position-embeddings": data.seq_length,
-        "tokenizer-type": data.tokenizer,
-        "tokenizer-model": data.tokenizer_model,
-    }
+    own = _shape(model) | _tokenizer(data) | {"max-position-embeddings": data.seq_length}
     free = without_clash(own, model.megatron, "model.megatron")
     return _GIVEN | own | free
+
+
+def _of_base(experiment: Experiment, link: Link) -> Table:
+    """A base from elsewhere may have no tokenizer, or one that lay elsewhere; what `data` says of
+    it wins."""
+    data = experiment.data
+    if link.parent != experiment.base or not data.model_fields_set & {
+        "tokenizer",
+        "tokenizer_model",
+    }:
+        return {}
+    return _tokenizer(data) | {"vocab-size": experiment.model.vocab_size}
+
+
+def _tokenizer(data: Data) -> Table:
+    return {"tokenizer-type": data.tokenizer, "tokenizer-model": data.tokenizer_model}
 
 
 def _shape(model: Geometry) -> Table:

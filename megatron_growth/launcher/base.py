@@ -19,6 +19,8 @@ from megatron_growth.planning.patterns import written_out
 _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _HEADS = ("num_query_groups", "kv_channels")
 _ELSEWHERE = ("megatron", "vocab_size", "ffn_hidden_size", "moe_layer_freq", *_LATENT, *_HEADS)
+# Options of Megatron that set an argument of another name.
+_OPTIONS = {"norm-epsilon": "layernorm_epsilon"}
 _PLAIN = tuple(name for name in Geometry.model_fields if name not in _ELSEWHERE)
 
 
@@ -26,8 +28,8 @@ def check_base(experiment: Experiment) -> None:
     """Hold `model` against the arguments of the base, where there is one that can be read.
 
     Raises:
-        ConfigError: they differ; or the base has no arguments.
-        CheckpointError: the base is no checkpoint that can be loaded.
+        ConfigError: they differ.
+        CheckpointError: the base is no checkpoint that can be loaded, or has no arguments.
     """
     base = experiment.base
     if base is None or base.load is None or not os.access(base.load, os.R_OK | os.X_OK):
@@ -36,16 +38,12 @@ def check_base(experiment: Experiment) -> None:
     from megatron_growth.checkpoint.source import SourceCheckpoint  # brings torch in
 
     directory = iteration_directory(base.load, base.iteration)
-    args = SourceCheckpoint(directory, weights_only=True).args
-    if args is None:
-        raise ConfigError(
-            f"base.load {str(base.load)!r}: {directory.name} has no Megatron arguments, so "
-            "training could not know the model; let Megatron rewrite it (docs/from-hugging-face.md)"
-        )
+    args = SourceCheckpoint(directory, weights_only=True).required_args()
     for name, said, has in _differences(experiment.model, args):
+        remedy = ", or say it in a stage's `megatron`" if name.startswith("megatron.") else ""
         raise ConfigError(
             f"model.{name} {said!r}: the base {str(directory)!r} has {has!r}; describe the base "
-            "that is there, or name another in base.load"
+            f"that is there{remedy}, or name another in base.load"
         )
 
 
@@ -62,6 +60,16 @@ def _differences(model: Geometry, args: Namespace) -> Iterator[tuple[str, Any, A
     rows = getattr(args, "padded_vocab_size", None) or model.vocab_size
     if model.vocab_size > rows:
         yield "vocab_size", model.vocab_size, rows
+    for option, value in model.megatron.items():
+        name = _OPTIONS.get(option, option.replace("-", "_"))
+        has = getattr(args, name, value)
+        if (_alone(value) or None) != (_alone(has) or None):
+            yield f"megatron.{option}", value, has
+
+
+def _alone(value: Any) -> Any:
+    """Upstream takes `aux_loss` and `[aux_loss]` for the same."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def _described(model: Geometry, args: Namespace) -> Iterator[tuple[str, Any]]:

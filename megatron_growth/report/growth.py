@@ -207,7 +207,9 @@ def _warnings(source: SourceCheckpoint, growth: GrowthConfig, plan: GrowthPlan) 
             "refuse it; say `optimizer: reset`"
         )
     if source.args is None:
-        yield "the base holds no Megatron arguments: give the target's on the command line yourself"
+        yield "the base holds no Megatron arguments: training will refuse it"
+    if source.undescribed:
+        yield source.undescribed
 
 
 def _depth_warnings(

@@ -257,4 +257,7 @@ def _written_by(source: SourceCheckpoint) -> str:
     else:
         return "unknown (no common state)"
     version = (source.common_state or {}).get("checkpoint_version")
-    return megatron if version is None else f"{megatron}, checkpoint version {version}"
+    said = [megatron] if version is None else [megatron, f"checkpoint version {version}"]
+    if source.described_in:
+        said.append(f"arguments from {source.described_in}")
+    return ", ".join(said)

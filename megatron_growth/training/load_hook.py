@@ -18,6 +18,7 @@ import torch
 
 from megatron_growth.checkpoint.common_state import grown_common_state
 from megatron_growth.checkpoint.reader import GrowthStorageReader
+from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.config import ContinueConfig
 from megatron_growth.errors import CheckpointError, GrowthError
 from megatron_growth.planning.plan import GrowthPlan
@@ -92,6 +93,8 @@ class _Seam:
         state = original(checkpoint_dir, *args, **kwargs)
         if Path(checkpoint_dir).resolve() != self._source:
             return state
+        if "args" not in state:  # Megatron-Bridge's, which says them elsewhere
+            state = SourceCheckpoint(checkpoint_dir, weights_only=True).common_state or state
         return self._adjust(grown_common_state(state, self._plan))
 
     def checkpoint(

@@ -109,10 +109,12 @@ def _resume(config: GrowthFile, argv: Sequence[str], save: Path) -> Start:
         _check_continues_as_started(started, config.continue_, save)
     directory = iteration_directory(save)
     source = SourceCheckpoint(directory, weights_only=True)
-    words = arguments.completed(_without(argv, {**_FIRST_LOAD_ONLY, "--load": True}), _args(source))
+    words = arguments.completed(
+        _without(argv, {**_FIRST_LOAD_ONLY, "--load": True}), source.required_args()
+    )
     message = f"{save} holds {directory.name}: resuming it as it is, nothing is grown"
     if any(map(is_optimizer_key, source.metadata.state_dict_metadata)):
-        _check_expert_optimizer(_args(source), arguments.given_arguments(argv))
+        _check_expert_optimizer(source.required_args(), arguments.given_arguments(argv))
     else:
         words.append("--no-load-optim")
         message += "; it holds no optimizer state"
@@ -162,7 +164,7 @@ def _grow(config: GrowthFile, argv: Sequence[str], given: dict[str, Any], load: 
     iteration = given.get("ckpt_step", config.base.iteration)
     directory = iteration_directory(load, iteration)
     source = SourceCheckpoint(directory, weights_only=config.growth.optimizer == "reset")
-    args = _args(source)
+    args = source.required_args()
     plan = plan_for(source, config.growth)
     plan = _in_target_form(config.growth, source, plan, given)
     source.tensors, source.objects  # noqa: B018  every key known, every tensor whole, before anything starts
@@ -171,11 +173,14 @@ def _grow(config: GrowthFile, argv: Sequence[str], given: dict[str, Any], load: 
     )
     _check_experts_divide(given, plan)
     _check_optimizer(source, plan, given)
+    _check_rate(config.continue_, source, given)
     words += ["--load", str(load)]
     words += _checkpoint_step(load, iteration)
     if plan.optimizer == "reset" and not given.get("no_load_optim"):
         words.append("--no-load-optim")
     message = _beginning(directory, plan, config.growth)
+    if source.described_in:
+        message += f"\n  the base's arguments are from its {source.described_in}"
     message += _undone(plan, given)
     message += "".join(f"\n  {line}" for line in _router_notes(config.growth, source, given))
     return Start(
@@ -185,6 +190,15 @@ def _grow(config: GrowthFile, argv: Sequence[str], given: dict[str, Any], load: 
         manifest.describe(source, load, config.growth, plan, config.continue_),
         message,
     )
+
+
+def _check_rate(settings: ContinueConfig, source: SourceCheckpoint, given: dict[str, Any]) -> None:
+    """A model that no run has trained has no learning rate; upstream fails on that with a
+    TypeError."""
+    if source.described_in and settings.learning_rate == "keep" and "lr" not in given:
+        raise ConfigError(
+            f"{str(source.directory)!r} has no learning rate to keep; say continue.learning_rate"
+        )
 
 
 def _beginning(directory: Path, plan: GrowthPlan, growth: GrowthConfig) -> str:
@@ -286,15 +300,6 @@ def _in_target_form(
     if form == plan.target.key_form:
         return plan
     return plan_for(source, growth, form)
-
-
-def _args(source: SourceCheckpoint) -> Any:
-    if source.args is None:
-        raise CheckpointError(
-            f"checkpoint {str(source.directory)!r} has no Megatron arguments, so the model is not "
-            "known; use a checkpoint that Megatron's training saved"
-        )
-    return source.args
 
 
 def _undone(plan: GrowthPlan, given: dict[str, Any]) -> str:

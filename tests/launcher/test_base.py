@@ -7,7 +7,9 @@ import pytest
 
 from megatron_growth import cli
 from megatron_growth.errors import CheckpointError, ConfigError
+from megatron_growth.launcher.arguments import stage_arguments
 from megatron_growth.launcher.base import check_base
+from megatron_growth.launcher.chain import chain
 from megatron_growth.launcher.experiment import load_experiment
 from tests.checkpoint import bases
 from tests.launcher.experiments import CONTENT, write
@@ -46,6 +48,9 @@ def test_one_that_is_as_described_passes(experiment):
                           num_query_groups=2)[1])  # fmt: skip
     check_base(experiment("model.moe_layer_freq=[0, 1, 1, 1]", "model.ffn_hidden_size=256",
                           moe_layer_freq=[0, 1, 1, 1])[1])  # fmt: skip
+    check_base(experiment("model.megatron.moe-router-load-balancing-type=aux_loss",
+                          moe_router_load_balancing_type=["aux_loss"])[1])  # fmt: skip
+    check_base(experiment("model.megatron.an-option-of-a-later-megatron=1")[1])
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,12 @@ def test_one_that_is_as_described_passes(experiment):
          "model.num_query_groups 4: .* has 2"),
         ("model.multi_latent_attention=true", {"multi_latent_attention": True},
          "model.kv_lora_rank 512: .* has 32"),
+        ("model.megatron.rotary-base=10000", {"rotary_base": 1000000},
+         "model.megatron.rotary-base 10000: .* has 1000000; .* say it in a stage's `megatron`"),
+        ("model.megatron.moe-router-dtype=fp32", {"moe_router_dtype": None},
+         "model.megatron.moe-router-dtype 'fp32': .* has None"),
+        ("model.megatron.norm-epsilon=1.0e-6", {"layernorm_epsilon": 1e-5},
+         "model.megatron.norm-epsilon 1e-06: .* has 1e-05"),
     ],
 )  # fmt: skip
 def test_one_that_is_not_is_refused_by_field(experiment, setting, changed, says):
@@ -79,8 +90,18 @@ def test_one_without_arguments_is_refused(experiment):
     _, loaded = experiment()
     state = bases.tensors(bases.Model(layers=4, experts=8, mtp=False))
     bases.save(loaded.base.load / "iter_0000007", state)
-    with pytest.raises(ConfigError, match=r"iter_0000007 has no Megatron arguments, .* rewrite it"):
+    with pytest.raises(CheckpointError, match=r"iter_0000007' has no Megatron arguments, so the"):
         check_base(loaded)
+
+
+def test_the_tokenizer_is_what_the_experiment_says(experiment):
+    """A base may have none, as a converted one, or one that lay elsewhere; stages after the first
+    have it from there."""
+    stage, *others = chain(loaded := experiment()[1])
+    words = " ".join(stage_arguments(loaded, stage))
+    assert "--tokenizer-type NullTokenizer --vocab-size 256" in words
+    assert others
+    assert not any("tokenizer" in " ".join(stage_arguments(loaded, link)) for link in others)
 
 
 def test_an_iteration_that_is_not_there_is_said(experiment):

@@ -68,3 +68,17 @@ def test_logits_are_held_to_the_promise(
     assert result.expectation.startswith(words)
     assert result.mean_difference == pytest.approx(0.8 * moved, rel=0.1)
     assert result.spread == pytest.approx(1, rel=0.1)
+
+
+def test_in_16_bits_a_token_may_change_its_expert() -> None:
+    """A rounded tie of two experts' scores decides by chance; one token then differs much."""
+    before = torch.randn(1, 256, 32, generator=torch.Generator().manual_seed(0))
+    after, tokens = before.clone(), torch.arange(257)[None] % 32
+    after[0, 7] += 1
+    plan = _plan({"width": {"noise": SILENT}})
+    for precision, passed in (("fp32", False), ("bf16", True), ("fp16", True)):
+        result = compared(before, after, tokens, plan, precision)
+        assert result.exact
+        assert result.passed is passed
+    assert result.expectation.startswith("exact but for rounding: mean |dlogit| within ")
+    assert not compared(before, before + 0.1, tokens, plan, "bf16").passed
