@@ -29,7 +29,7 @@ class CheckpointError(GrowthError):
 class StageError(GrowthError):
     """A stage of an experiment ended before it was done; the exit code is the stage's."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message, exit_code)
         self.exit_code = exit_code
 

@@ -3,7 +3,8 @@ run the `demo`.
 
 A skin over the library: each command is a few lines. `plan`, `inspect` and `verify` only read;
 `grow` writes a checkpoint; growing while Megatron loads is `python -m megatron_growth.pretrain`.
-Exit codes: 0 done, 1 not verified, 2 for the user to put right.
+Exit codes: 0 done, 1 not verified or not going to run, 2 for the user to put right; of a stage that
+failed under `launch`, its own.
 """
 
 import os

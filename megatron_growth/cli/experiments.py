@@ -108,7 +108,7 @@ def status(
 def plan_experiment(
     path: Path, settings: list[str] | None, cluster: Path | None, as_json: bool
 ) -> None:
-    """What an experiment costs, and whether it fits."""
+    """What an experiment costs, and whether it fits; exit code 1 if it will not run."""
     loaded = load_experiment(path, settings or (), cluster)
     with quiet():
         check_base(loaded)
@@ -117,6 +117,8 @@ def plan_experiment(
         print_json([stage.document() for stage in stages])
     else:
         print_budget(Console(highlight=False), loaded.name, stages)
+    if any(note.severity == "error" for stage in stages for note in stage.notes):
+        raise typer.Exit(1)
 
 
 def is_experiment(path: Path) -> bool:

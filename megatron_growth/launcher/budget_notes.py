@@ -45,8 +45,7 @@ def notes(
         boundary: F_c of what it grows, None where it grows nothing.
         sunk: FLOPs spent on that, None where they are not known.
     """
-    for path, text in _divide(link, experiment.cluster.processes_per_node):
-        yield Note("error", f"{link.path}.{path}", f"does not divide: {text}")
+    yield from divisions(experiment, link)
     if experiment.cluster.device != "cpu":
         yield from _fit(experiment, link, held)
         for path, way in unknown(link):
@@ -54,6 +53,12 @@ def notes(
             yield Note("information", path, text)
     if boundary is not None and sunk is not None:
         yield from _depth(link, sunk / boundary)
+
+
+def divisions(experiment: Experiment, link: Link) -> Iterator[Note]:
+    """What does not divide."""
+    for path, text in _divide(link, experiment.cluster.processes_per_node):
+        yield Note("error", f"{link.path}.{path}", f"does not divide: {text}")
 
 
 def _divide(link: Link, processes: int) -> Iterator[tuple[str, str]]:
@@ -158,9 +163,9 @@ def _depth(link: Link, ratio: float) -> Iterator[Note]:
     if growth is None or growth.depth is None:
         return
     path = f"{link.path}.growth.depth"
-    advice = "interposition" if ratio > 1 else "stacking does as well"
+    advice = "interposition is better" if ratio > 1 else "stacking does as well"
     yield Note(
-        "information", path, f"{ratio:.1f} F_c sunk into the base; the paper finds for {advice}"
+        "information", path, f"{ratio:.1f} F_c sunk into the base; the paper finds that {advice}"
     )
     if ratio > 1 and growth.depth.method == "stacking":
         yield Note(

@@ -8,6 +8,7 @@ from argparse import Namespace
 
 from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.launcher.arguments import model_arguments, stage_arguments
+from megatron_growth.launcher.budget_notes import divisions
 from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.environment import environment
 from megatron_growth.launcher.experiment import Experiment
@@ -18,8 +19,12 @@ def check_flags(experiment: Experiment, links: list[Link]) -> list[Namespace]:
     """Megatron's validated arguments of each stage.
 
     Raises:
-        ConfigError: Megatron refuses a stage; the message names it.
+        ConfigError: Megatron refuses a stage, or would miss what does not divide; the message names
+            it.
     """
+    for link in links:
+        for note in divisions(experiment, link):
+            raise ConfigError(str(note))
     from megatron_growth.training import flag_check  # imports megatron
 
     checked: list[Namespace] = []

@@ -35,7 +35,7 @@ def test_flops_are_six_for_each_activated_parameter_and_token(tmp_path):
 def test_the_boundary_speaks_for_interposition_or_not(tmp_path):
     assert any("stacking does as well" in note for note in notes(tmp_path))
     long = notes(tmp_path, "stages[0].budget={tokens: 1.0e+9}")
-    assert any("the paper finds for interposition" in note for note in long)
+    assert any("the paper finds that interposition" in note for note in long)
     stacked = "stages[1].growth.depth.method=stacking"
     assert any(
         "use interposition" in note
@@ -189,7 +189,7 @@ def test_plan_and_status_take_the_cluster_that_launch_takes(tmp_path, monkeypatc
     for command in ("plan", "status"):
         with pytest.raises(SystemExit) as stop:
             cli.main([command, path, "--cluster", str(profile)])
-        assert not stop.value.code
+        assert (stop.value.code or 0) == (1 if command == "plan" else 0)
     assert "does not fit" in capsys.readouterr().out
     (tmp_path / "growth.yaml").write_text("growth: {depth: {factor: 2}}")
     with pytest.raises(SystemExit) as stop:

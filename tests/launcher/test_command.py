@@ -30,6 +30,12 @@ def test_a_dry_run_prints_every_file_and_writes_none(tmp_path, launch):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_names_files_elsewhere_by_their_whole_path(tmp_path, launch):
+    code, out, err = launch("--target", "slurm", "--dry-run", "--set", "runs=/scratch/runs")
+    assert code == 0, err
+    assert "/scratch/runs/small/base/job.sh" in out
+
+
 def test_one_stage_is_written_alone(tmp_path, launch):
     assert launch("--target", "slurm", "--stage", "deep")[0] == 0
     written = {path.name for path in (tmp_path / "runs/small").iterdir()}
@@ -40,7 +46,10 @@ def test_one_stage_is_written_alone(tmp_path, launch):
     ("words", "says"),
     [
         (("--stage", "depe"), "--stage 'depe' is none of 'small'; it has base, deep, wide"),
-        (("--set", "stages[1].layout.expert=3"), "stages[1] (deep): Megatron refuses"),
+        (("--set", "stages[1].layout.expert=3"), "stages[1].layout: does not divide: expert x"),
+        (("--set", "stages[0].layout.expert_tensor=4"), "stages[0].layout: does not divide: exp"),
+        (("--set", "stages[1].megatron.no-such-option=1"), "stages[1] (deep): Megatron's parser refuses"),
+        (("--submit", "--dry-run"), "--dry-run starts nothing and --submit does"),
         (("--submit",), "stages[1].nodes 2: --submit with torchrun runs here alone"),
     ],
 )

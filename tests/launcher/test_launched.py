@@ -62,7 +62,7 @@ def test_what_made_a_checkpoint_cannot_be_said_otherwise(begun, launch, setting,
     [
         "name=other",
         "stages[0].nodes=2",
-        "stages[1].layout.expert=4",
+        "stages[1].layout.tensor=2",
         "stages[1].budget={iterations: 30}",
         "stages[2].growth.width.factor=4",
         "defaults.save_interval=2",

@@ -16,7 +16,7 @@ from megatron_growth import GrowthConfig, cli
 from megatron_growth.checkpoint.directory import iteration_directory
 from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import SourceCheckpoint
-from megatron_growth.config import ExperimentConfig
+from megatron_growth.config import GrowthFile
 from megatron_growth.training import cpu_backend, start
 from megatron_growth.training.arguments import ARCHITECTURE, INHERITED
 from megatron_growth.training.load_hook import growth_on_load
@@ -127,7 +127,7 @@ def imported(tmp_path: Path) -> Path:
 
 def test_the_log_says_where_its_arguments_are_from(imported: Path) -> None:
     cpu_backend.install()
-    config = ExperimentConfig.model_validate({"growth": GROWTH | RESET, "continue": SETTINGS})
+    config = GrowthFile.model_validate({"growth": GROWTH | RESET, "continue": SETTINGS})
     begin = start.decide(config, ["--load", str(imported.parent), "--seq-length", "32"])
     assert "\n  the base's arguments are from its run_config.yaml" in begin.message
     words = " ".join(begin.argv)
