@@ -13,7 +13,7 @@ from megatron_growth.checkpoint.reader import plan_for
 from megatron_growth.checkpoint.source import SourceCheckpoint
 from megatron_growth.config import load_config
 from megatron_growth.errors import GrowthError
-from megatron_growth.launcher.status import ends_of_logs
+from megatron_growth.launcher.logs import ends_of_logs
 
 # Upstream leaves a loss that is NaN out of its line, and counts it at the line's end.
 _LAST = re.compile(

@@ -48,7 +48,10 @@ def test_one_stage_is_written_alone(tmp_path, launch):
         (("--stage", "depe"), "--stage 'depe' is none of 'small'; it has base, deep, wide"),
         (("--set", "stages[1].layout.expert=3"), "stages[1].layout: does not divide: expert x"),
         (("--set", "stages[0].layout.expert_tensor=4"), "stages[0].layout: does not divide: exp"),
-        (("--set", "stages[1].megatron.no-such-option=1"), "stages[1] (deep): Megatron's parser refuses"),
+        (
+            ("--set", "stages[1].megatron.no-such-option=1"),
+            "stages[1] (deep): Megatron's parser refuses",
+        ),
         (("--submit", "--dry-run"), "--dry-run starts nothing and --submit does"),
         (("--submit",), "stages[1].nodes 2: --submit with torchrun runs here alone"),
     ],

@@ -122,7 +122,8 @@ def test_a_directory_that_sbatch_would_misread_is_refused_and_others_run_in_it(t
     done = subprocess.run(["bash", stage / "node.sh"], capture_output=True, text=True, check=False)
     assert done.returncode == 1, "it ends, and nothing was trained"
     said = (stage / "ranks/node0.train.log").read_text().splitlines()
-    assert said[0] == str(workdir)
+    assert said[0].startswith("=== start ")
+    assert said[1] == str(workdir)
     assert said[said.index("--save") + 1] == f"runs of {name}/small/base/checkpoints"
     assert [json.loads(line)["event"] for line in (stage / "events.jsonl").open()] == [
         "started", "failed",

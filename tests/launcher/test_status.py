@@ -116,6 +116,24 @@ def test_the_rank_that_failed_is_heard_before_those_it_took_along(
     assert deep.status("41").why == why
 
 
+@pytest.mark.parametrize(
+    ("event", "why"),
+    [
+        ("failed", "ValueError: now"),
+        ("preflight-failed", "'/full' has 0 bytes left"),
+        ("refused", "KEY is not set; export it first"),
+    ],
+)
+def test_on_this_machine_only_what_the_last_start_said_counts(deep, event, why):
+    deep.events("started", "failed", "started", event)
+    path = deep.directory / "events.jsonl"
+    path.write_text(path.read_text().replace('"41"', '"local"'))
+    deep.log("=== start 1\nKeyError: 'before'\n=== start 2\nValueError: now\n", "node0.train.log")
+    deep.log("=== start 1\npreflight: '/full' has 0 bytes left\n", "node0.preflight.log")
+    deep.log("megatron-growth: KEY is not set; export it first\n", "node0.refused.log")
+    assert deep.status().why == why
+
+
 def test_where_slurm_cannot_be_asked_a_stage_is_not_called_failed(deep):
     deep.events("started")
     assert deep.status("41", asked=False).state == "running"
