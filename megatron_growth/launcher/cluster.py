@@ -53,8 +53,12 @@ class Slurm(Strict):
     gpus: bool = True
     """Ask for GPUs, by `--gpus-per-node`; false where the cluster has no such resource."""
 
+    cpu_bind: Word = "none"
+    """`--cpu-bind` of srun. `none` leaves every rank the CPUs of its node; where SLURM binds tasks, a
+    rank and its data loaders would share the one CPU of their task."""
+
     options: list[Line] = []
-    """Further options of sbatch, `--qos=high`, each a line of the script."""
+    """Further options of sbatch, `--qos=high`, each a line of the script, and of the alert's."""
 
     requeues: Annotated[int, Field(ge=0)] = 100
     """How often a stage may be queued again; it is only when it got further since."""
