@@ -54,8 +54,8 @@ class Slurm(Strict):
     """Ask for GPUs, by `--gpus-per-node`; false where the cluster has no such resource."""
 
     cpu_bind: Word = "none"
-    """`--cpu-bind` of srun. `none` leaves every rank the CPUs of its node; where SLURM binds tasks, a
-    rank and its data loaders would share the one CPU of their task."""
+    """`--cpu-bind` of srun. `none` leaves every rank the CPUs of its node; where SLURM binds tasks,
+    a rank and its data loaders would share the one CPU of their task."""
 
     options: list[Line] = []
     """Further options of sbatch, `--qos=high`, each a line of the script, and of the alert's."""
