@@ -9,7 +9,7 @@ import fcntl
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -59,26 +59,31 @@ def submit(links: Sequence[Link], workdir: Path) -> Iterator[str]:
 
 def _run(script: Path) -> tuple[int, int]:
     """Run a stage's script; its exit code, and the signal that was passed on to it, 0 for none."""
-    with subprocess.Popen(["bash", str(script)], start_new_session=True) as process:
-        with _passed_on(process) as passed:
-            code = process.wait()
-        return code, passed[-1] if passed else 0
-
-
-@contextmanager
-def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """While inside, INT and TERM become the script's TERM; gives the list of what came."""
     came: list[int] = []
+    started: list[subprocess.Popen[bytes]] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         if not came:
             print("stopping: the run saves after its current step", file=sys.stderr, flush=True)
         came.append(number)
-        process.terminate()
+        for process in started:
+            process.terminate()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    with _handled(stop):
+        process = subprocess.Popen(["bash", str(script)], start_new_session=True)
+        started.append(process)
+        if came:
+            process.terminate()
+        code = process.wait()
+    return code, came[-1] if came else 0
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While inside, INT and TERM are the handler's."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
