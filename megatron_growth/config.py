@@ -12,16 +12,27 @@ library takes.
 """
 
 import difflib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from megatron_growth.errors import ConfigError
 from megatron_growth.overrides import overridden, shown_path
+from megatron_growth.yaml_text import parse
 
 
 class Strict(BaseModel):
@@ -33,7 +44,19 @@ class Strict(BaseModel):
         use_attribute_docstrings=True,
         validate_by_alias=True,
         validate_by_name=True,
+        allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_disguise(cls, value: object, info: ValidationInfo) -> object:
+        """To pydantic true is 1."""
+        assert info.field_name is not None
+        if isinstance(value, bool) and not _takes_bool(
+            cls.model_fields[info.field_name].annotation
+        ):
+            raise PydanticCustomError("bool", "true and false are no value here")
+        return value
 
 
 class DepthConfig(Strict):
@@ -268,7 +291,7 @@ def load_config(path: str | Path | None, settings: Sequence[str] = ()) -> Growth
             wrong.
     """
     content = {} if path is None else read_mapping(path, "a `growth:` section")
-    if "stages" in content:
+    if is_experiment(content):
         raise ConfigError(
             f"{path} is an experiment, which `launch` and `plan` take; give the growth.yaml of one "
             "of its stages, which `launch` writes"
@@ -278,6 +301,11 @@ def load_config(path: str | Path | None, settings: Sequence[str] = ()) -> Growth
     except ValidationError as error:
         where = "--set" if path is None else path
         raise ConfigError(f"{where}: {explain(error, GrowthFile)}") from None
+
+
+def is_experiment(content: Mapping[str, Any]) -> bool:
+    """Whether a file's content is an experiment's rather than a growth file's."""
+    return not {"stages", "model", "data", "cluster", "defaults"}.isdisjoint(content)
 
 
 def read_mapping(path: str | Path, needed: str) -> dict[str, Any]:
@@ -291,7 +319,7 @@ def read_mapping(path: str | Path, needed: str) -> dict[str, Any]:
         ConfigError: it is missing, not YAML, or no mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"configuration {str(path)!r} cannot be read: {error}; give the path of a YAML file"
@@ -300,10 +328,13 @@ def read_mapping(path: str | Path, needed: str) -> dict[str, Any]:
         raise ConfigError(
             f"configuration {str(path)!r} is not YAML: {' '.join(str(error).split())}"
         ) from None
+    if content is None:
+        raise ConfigError(f"configuration {str(path)!r} is empty; it needs {needed}, see configs/")
     if not isinstance(content, dict):
+        what = "a list" if isinstance(content, list) else repr(content)
         raise ConfigError(
-            f"configuration {str(path)!r} holds {type(content).__name__}, not a mapping; "
-            f"it needs {needed}, see configs/"
+            f"configuration {str(path)!r} holds {what}, not keys with values; it needs {needed}, "
+            "see configs/"
         )
     return content
 
@@ -311,21 +342,58 @@ def read_mapping(path: str | Path, needed: str) -> dict[str, Any]:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """What pydantic found wrong, as one line: where, what, what the field means, and the nearest
     known key."""
-    # Of a union's members, the one that the value came closest to fitting speaks: the deepest
-    # error.
-    found = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
-    location = tuple(part for part in found["loc"] if not _is_union_tag(part))
+    found = first(error)
+    location = location_of(found)
     where = shown_path(location)
     if found["type"] == "extra_forbidden":
         known = list(_fields_at(model, location[:-1]))
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"
-    message = found["msg"].removeprefix("Value error, ")
-    if found["type"] == "value_error" or not location or found["type"] == "missing":
-        return f"{where or 'configuration'}: {message}"
-    shown = "" if isinstance(found["input"], dict) else f" {found['input']!r}"
-    return f"{where}{shown}: {message[0].lower()}{message[1:]}; {_meaning(model, location)}"
+    message = found["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if found["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    if found["type"] == "missing":
+        return f"{where}: is missing; {_meaning(model, location)}"
+    shown = f"{where}{_shown(found['input'])}"
+    if found["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return f"{shown}: is no section; {_section_meant(found['input'])}"
+    if found["type"] == "string_pattern_mismatch":
+        message = "is not of the right form"
+    return f"{shown}: {message[0].lower()}{message[1:]}; {_meaning(model, location)}"
+
+
+def first(error: ValidationError) -> ErrorDetails:
+    """The error that is told. Of a union's members, the one that the value came closest to fitting
+    speaks: the deepest."""
+    return max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
+
+
+def location_of(found: ErrorDetails) -> tuple[int | str, ...]:
+    """Where in the file."""
+    return tuple(part for part in found["loc"] if not _is_union_tag(part))
+
+
+def _shown(value: object) -> str:
+    """A value beside its path, as the file has it; a section's content would be too much."""
+    if isinstance(value, dict):
+        return ""
+    plain = value is None or isinstance(value, str | int | float | list)
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return f" {shown}" if plain else f" {value}"
+
+
+def _section_meant(value: object) -> str:
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+        return f"to take that file write {{extends: {value}}}"
+    return "give its fields, as {field: value, ...}"
+
+
+def _takes_bool(annotation: Any) -> bool:
+    """Whether a field's type, or a member of it, is bool or anything at all."""
+    if annotation in (bool, Any, object):
+        return True
+    return any(map(_takes_bool, getattr(annotation, "__args__", ())))
 
 
 def _meaning(model: type[BaseModel], location: tuple[Any, ...]) -> str:
@@ -344,7 +412,7 @@ def _is_union_tag(part: object) -> bool:
     literal's values."""
     return isinstance(part, str) and (
         part.startswith(("literal[", "constrained-", "list["))
-        or part[:1].isupper()
+        or part in (section.__name__ for section in Strict.__subclasses__())
         or part in ("bool", "float", "int", "str", "[key]")
     )
 

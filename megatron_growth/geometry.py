@@ -8,12 +8,25 @@ option; an option that would change them, and that no field says, is refused the
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from megatron_growth.config import Strict
 
 Value = bool | int | float | str | list[int] | list[float] | list[str]
-Options = dict[str, Value | None]
+
+
+def _each_once(options: dict[str, Value | None]) -> dict[str, Value | None]:
+    """An option may be written with dashes or underscores, but once."""
+    names: dict[str, str] = {}
+    for name in options:
+        plain = name.removeprefix("--").replace("_", "-")
+        if plain in names:
+            raise ValueError(f"{names[plain]!r} and {name!r} are one option; keep one of them")
+        names[plain] = name
+    return options
+
+
+Options = Annotated[dict[str, Value | None], AfterValidator(_each_once)]
 Positive = Annotated[int, Field(ge=1)]
 
 # [0]*3+[1]*58, as on Megatron's command line

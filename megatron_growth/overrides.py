@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_growth.errors import ConfigError
+from megatron_growth.yaml_text import parse
 
 Step = str | int
 
@@ -33,6 +34,12 @@ def overridden(content: dict[str, Any], settings: Sequence[str]) -> dict[str, An
     return content
 
 
+def overrides(setting: str, location: Sequence[str | int]) -> bool:
+    """Whether a setting changes what stands at a location, or a section around it."""
+    path = _read(setting)[0]
+    return path == list(location[: len(path)])
+
+
 def shown_path(location: Sequence[str | int]) -> str:
     """`stages[1].growth.width`, of the keys and the places in lists that lead there."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
@@ -44,7 +51,7 @@ def _read(setting: str) -> tuple[list[Step], Any]:
     if not equals:
         raise ConfigError(f"--set {setting!r} has no `=`; write PATH=VALUE, as in growth.seed=7")
     try:
-        return _steps(text.strip(), setting), yaml.safe_load(value)
+        return _steps(text.strip(), setting), parse(value)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"--set {setting!r}: the value {value!r} is not YAML: {' '.join(str(error).split())}"

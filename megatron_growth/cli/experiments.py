@@ -9,6 +9,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from megatron_growth import config
 from megatron_growth.cli.shared import AsJson, Profile, Settings, print_json
 from megatron_growth.errors import ConfigError
 from megatron_growth.launcher import jobs
@@ -123,7 +124,9 @@ def plan_experiment(
 
 def is_experiment(path: Path) -> bool:
     """Whether a file is an experiment rather than a growth file, which a missing one may be."""
-    return path.is_file() and "stages" in extended(path, "a `growth:` section, or `stages:`")
+    return path.is_file() and config.is_experiment(
+        extended(path, "a `growth:` section, or `stages:`")
+    )
 
 
 def schema() -> None:

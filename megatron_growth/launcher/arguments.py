@@ -57,7 +57,9 @@ def stage_arguments(
         ConfigError: an option is given twice, or nothing is left of the walltime.
     """
     model = _of_base(experiment, link) if link.growth else _model_table(experiment)
-    own = model | _stage_table(experiment, link, walltime)
+    stage = _stage_table(experiment, link, walltime)
+    without_clash(stage, experiment.model.megatron, "model.megatron")
+    own = model | stage
     free = without_clash(own, link.stage.megatron, f"{link.path}.megatron")
     # Evaluated with every checkpoint unless said otherwise; upstream divides by it in any case.
     return words({"eval-interval": link.stage.save_interval} | own | free)

@@ -9,7 +9,7 @@ slurm: {account: llm, partition: batch, minutes: 240}
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_growth.config import Strict
 from megatron_growth.geometry import Positive
@@ -20,6 +20,16 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 # What stands in an #SBATCH line as it is.
 Word = Annotated[str, Field(pattern=r"^[^\s\"'\\#]+$")]
 Line = Annotated[str, Field(pattern=r"^--?[^\n]+$")]
+
+
+def _as_text(value: object) -> object:
+    """What YAML made of a word that was to be text: `true` of on, a date of 2026-01-01."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return value
+    raise ValueError(f"{value} is no text to YAML; put it in quotes")
+
+
+Text = Annotated[str | int | float, BeforeValidator(_as_text)]
 
 
 class Container(Strict):
@@ -45,10 +55,10 @@ class Slurm(Strict):
     """Walltime. A stage that is not done by then saves, and is queued again."""
 
     account: Word | None = None
-    """`--account`."""
+    """`--account`: one word, without quotes, `\\` or `#`."""
 
     partition: Word | None = None
-    """`--partition`."""
+    """`--partition`, likewise."""
 
     gpus: bool = True
     """Ask for GPUs, by `--gpus-per-node`; false where the cluster has no such resource."""
@@ -58,7 +68,8 @@ class Slurm(Strict):
     a rank and its data loaders would share the one CPU of their task."""
 
     options: list[Line] = []
-    """Further options of sbatch, `--qos=high`, each a line of the script, and of the alert's."""
+    """Further options of sbatch, `--qos=high`, each a line of the script, and of the alert's;
+    it begins with a dash."""
 
     requeues: Annotated[int, Field(ge=0)] = 100
     """How often a stage may be queued again; it is only when it got further since."""
@@ -119,9 +130,9 @@ class Cluster(Strict):
     container: Container | None = None
     """None runs on the nodes themselves."""
 
-    environment: dict[Name, str | int | float] = {}
+    environment: dict[Name, Text] = {}
     """Set for every process: fabric settings above all (NCCL_IB_HCA, NCCL_SOCKET_IFNAME). They win
-    over what the launcher derives."""
+    over what the launcher derives. Names are of letters, digits and underscores."""
 
     secrets: list[Name] = []
     """Environment variables that the processes need and no file may hold (WANDB_API_KEY). By name:

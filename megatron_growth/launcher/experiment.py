@@ -24,19 +24,28 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_growth.config import BaseConfig, ContinueConfig, Strict, explain, read_mapping
+from megatron_growth.config import (
+    BaseConfig,
+    ContinueConfig,
+    Strict,
+    explain,
+    first,
+    location_of,
+    read_mapping,
+)
 from megatron_growth.errors import ConfigError
 from megatron_growth.geometry import Geometry
 from megatron_growth.launcher.cluster import Cluster
-from megatron_growth.launcher.stage import Data, Stage
-from megatron_growth.overrides import overridden
+from megatron_growth.launcher.stage import Data, Name, Stage
+from megatron_growth.overrides import overridden, overrides
 
 
 class Experiment(Strict):
     """A whole experiment."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
-    """Its directory and part of its jobs' names: lower-case letters, digits and dashes."""
+    name: Name
+    """Its directory and part of its jobs' names: lower-case letters, digits and dashes, 63 at most:
+    `moe-17b-70b`."""
 
     runs: Path = Path("runs")
     """Directory of all experiments; this one is in `runs/name`, its stages below. On a cluster: on
@@ -96,10 +105,34 @@ def load_experiment(
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, Experiment)}") from None
+        location = location_of(first(error))
+        said = path
+        if not any(overrides(setting, location) for setting in settings):
+            said = _origin(Path(path), location, cluster)
+        elsewhere = "" if said == Path(path) else f" (in {said})"
+        raise ConfigError(f"{path}: {explain(error, Experiment)}{elsewhere}") from None
     for index, stage in enumerate(experiment.stages):
         _check_rate(stage, f"{path}: stages[{index}]", index == 0 and experiment.base is None)
     return experiment
+
+
+def _origin(path: Path, location: Sequence[int | str], cluster: Path | None = None) -> Path:
+    """The file that says what stands at `location` of the experiment in `path`."""
+    if cluster is not None and location[:1] == ("cluster",):
+        return _origin(cluster, location[1:])
+    content: Any = read_mapping(path, "")
+    for done, part in enumerate(location):
+        if isinstance(content, dict) and part not in content and "extends" in content:
+            return _origin(path.parent / content["extends"], location[done:])
+        try:
+            content = content[part]
+        except (KeyError, IndexError, TypeError):  # a list's key, a key that is missing
+            break
+    else:
+        return path
+    if location[0] == "stages" and len(location) > 2:  # laid under it
+        return _origin(path, ("defaults", *location[2:]))
+    return path
 
 
 def _check_rate(stage: Stage, path: str, from_scratch: bool) -> None:

@@ -33,6 +33,7 @@ from megatron_growth.launcher.kubernetes import job_name
 
 TEMPLATES = Path(__file__).with_name("templates")
 SECONDS_FOR_A_STEP = 60  # a signal is seen between two steps
+_LONGEST_JOB = 50  # a pod is called NAME-node-0-INDEX, and 63 characters is all it has
 BYTES_OF_A_PARAMETER = 14  # bf16 weight, fp32 master and both moments
 
 
@@ -165,7 +166,7 @@ def _values(experiment: Experiment, link: Link, target: Target, workdir: Path) -
         "container": cluster.container,
         "slurm": cluster.slurm,
     }
-    return values | (_kubernetes(experiment) if target is Target.K8S else {})
+    return values | (_kubernetes(experiment, values["job_name"]) if target is Target.K8S else {})
 
 
 def option_lines(words: list[str]) -> list[str]:
@@ -192,7 +193,7 @@ def _parent(experiment: Experiment, link: Link, workdir: Path) -> str:
     return str(workdir / link.parent.load.parent)
 
 
-def _kubernetes(experiment: Experiment) -> dict[str, Any]:
+def _kubernetes(experiment: Experiment, name: str) -> dict[str, Any]:
     cluster = experiment.cluster
     if cluster.container is None:
         raise ConfigError("cluster.container: Kubernetes runs nothing without an image; give one")
@@ -200,6 +201,11 @@ def _kubernetes(experiment: Experiment) -> dict[str, Any]:
         raise ConfigError(
             f"cluster.secrets {cluster.secrets}: no Secret holds them; name it in "
             "cluster.kubernetes.secret"
+        )
+    if len(name) > _LONGEST_JOB:
+        raise ConfigError(
+            f"the TrainJob's name {name!r} has {len(name)} characters, and those of its pods leave "
+            f"room for {_LONGEST_JOB}; shorten the experiment's or the stage's"
         )
     gpus = {"nvidia.com/gpu": cluster.processes_per_node} if cluster.device == "h100" else {}
     resources = gpus | dict(cluster.kubernetes.resources)

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 from megatron_growth.config import ContinueConfig, GrowthConfig, LearningRateConfig, Strict
 from megatron_growth.geometry import Options, Positive
 
+# What a directory, a job of SLURM and one of Kubernetes may be called.
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+
 
 class Layout(Strict):
     """How a model lies on the devices; what is left over is data parallel."""
@@ -34,13 +37,13 @@ class Layout(Strict):
 class Budget(Strict):
     """How long a stage trains; one of the three, rounded up to whole iterations."""
 
-    tokens: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    tokens: Annotated[float, Field(gt=0, le=1e17)] | None = None
     """Tokens."""
 
-    flops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    flops: Annotated[float, Field(gt=0, le=1e30)] | None = None
     """FLOPs, at 6 for each activated parameter and token, as the paper counts."""
 
-    iterations: Positive | None = None
+    iterations: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Optimizer steps."""
 
     @model_validator(mode="after")
@@ -56,8 +59,9 @@ class Budget(Strict):
 class Stage(Strict):
     """One training run."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
-    """Its directory and part of its jobs' names: lower-case letters, digits and dashes."""
+    name: Name
+    """Its directory and part of its jobs' names: lower-case letters, digits and dashes, 63
+    at most: `grown-35b`."""
 
     growth: GrowthConfig | None = None
     """How the stage before, or the base, is grown. Without it a stage trains that on as it is; the

@@ -2,6 +2,7 @@
 # ruff: noqa: E501 (the table of mistakes has one on each line)
 
 import copy
+import re
 from pathlib import Path
 
 import jsonschema
@@ -9,8 +10,9 @@ import pytest
 import yaml
 
 from megatron_growth.errors import ConfigError
+from megatron_growth.launcher.arguments import stage_arguments
 from megatron_growth.launcher.chain import chain
-from megatron_growth.launcher.experiment import load_experiment
+from megatron_growth.launcher.experiment import extended, load_experiment
 from megatron_growth.launcher.json_schema import experiment_schema
 from megatron_growth.launcher.reference import reference
 from tests.launcher.experiments import CONTENT, write
@@ -129,15 +131,26 @@ def test_files_that_extend_each_other_are_refused(tmp_path):
 
 MISTAKES = [
     ("stages[1].growth.width.facter=3", "unknown key 'stages[1].growth.width.facter'; did you mean 'factor'?"),
-    ("stages[1].growth.depth.factor=1", "stages[1].growth.depth.factor 1: input should be greater than or equal to 2; factor: Copies"),
+    ("stages[1].growth.depth.factor=1", "stages[1].growth.depth.factor 1: should be greater than or equal to 2; factor: Copies"),
     ("stages[0].budget.tokens=3", "stages[0].budget: tokens and iterations given; give one"),
     ("stages[0].budget={}", "stages[0].budget: nothing given; give one"),
     ("stages[0].learning_rate=null", "stages[0]: `learning_rate` is missing"),
     ("stages[1].learning_rate={peak: 1.0e-3}", "stages[1]: `learning_rate` is for training from random weights"),
     ("stages[0].continue={iteration: reset}", "stages[0]: `continue` says what goes on from a base"),
-    ("stages[0].growth={depth: {}}", "configuration: the first stage ('base') grows, and there is no base"),
+    ("stages[0].growth={depth: {}}", "the first stage ('base') grows, and there is no base"),
     ("stages[1].growth={as_is: true, depth: {}}", "stages[1].growth: as_is grows nothing, and depth would; drop one"),
-    ("stages[1].name=base", "configuration: two of the stages"),
+    ("stages[1].name=base", "two of the stages"),
+    ("stages=null", "stages null: should be a valid list; stages: In order"),
+    ("model.num_layers=true", "model.num_layers true: true and false are no value here"),
+    ("cluster.memory_gb=.inf", "cluster.memory_gb inf: should be a finite number; memory_gb: Memory of a device"),
+    ("cluster.environment={A: true}", "cluster.environment.A: True is no text to YAML; put it in quotes"),
+    ("cluster.environment={A: .nan}", "cluster.environment.A nan: should be a finite number"),
+    ("cluster=../clusters/h100.yaml", "cluster '../clusters/h100.yaml': is no section; to take that file write {extends: ../clusters/h100.yaml}"),
+    ("stages[0].budget={iterations: 100000000000}", "stages[0].budget.iterations 100000000000: should be less than"),
+    ("stages[0].budget={tokens: 1.0e+300}", "stages[0].budget.tokens 1e+300: should be less than"),
+    ("name=2026-01-01", "name 2026-01-01: should be a valid string; name: Its directory"),
+    (f"stages[0].name={'x' * 64}", f"stages[0].name '{'x' * 64}': string should have at most 63"),
+    ("model.megatron={rotary-base: 1, rotary_base: 2}", "model.megatron: 'rotary-base' and 'rotary_base' are one option"),
     ("stages[1].name=Deep", "stages[1].name 'Deep': "),
     ("stages[1].layout.pipline=2", "unknown key 'stages[1].layout.pipline'; did you mean 'pipeline'?"),
     ("model.moe_router_topk=9", "model: moe_router_topk (9) must not be above num_experts (8); lower it"),
@@ -152,13 +165,13 @@ MISTAKES = [
     ("model.megatron.position-embedding-type=learned_absolute",
      "model.megatron: position-embedding-type 'learned_absolute' gives the model a tensor"),
     ("model.hidden_size=63", "model: num_attention_heads (4) must divide hidden_size (63)"),
-    ("model.megatron.x={a: 1}", "model.megatron.x: input should be"),
+    ("model.megatron.x={a: 1}", "model.megatron.x: should be"),
     ("data.mock=false", "data: give `train` or `mock: true`"),
     ("cluster.slurm.minutes=1", "cluster.slurm.minutes 1: "),
-    ("cluster.slurm.account=two words", "cluster.slurm.account 'two words': string should match pattern"),
-    ("cluster.slurm.options=[qos=high]", "cluster.slurm.options[0] 'qos=high': string should match pattern"),
-    ("cluster.environment={A-B: 1}", "cluster.environment 'A-B': string should match pattern"),
-    ("base={iteration: 3}", "configuration: `base` names no checkpoint; set base.load"),
+    ("cluster.slurm.account=two words", "cluster.slurm.account 'two words': is not of the right form; account: `--account`: one word"),
+    ("cluster.slurm.options=[qos=high]", "cluster.slurm.options[0] 'qos=high': is not of the right form"),
+    ("cluster.environment={A-B: 1}", "cluster.environment 'A-B': is not of the right form"),
+    ("base={iteration: 3}", "`base` names no checkpoint; set base.load"),
     ("defaults=3", "defaults 3: a section of a stage's fields is meant"),
     ("model.extends=3", "unknown key 'model.extends'"),
 ]  # fmt: skip
@@ -226,3 +239,47 @@ def test_the_reference_in_docs_is_that_of_the_schema():
     assert page == reference() + "\n", "run python -m megatron_growth.launcher.reference"
     for field in ("virtual", "new_layer_init", "warmup_iters", "requeues", "moe_router_topk"):
         assert f"| `{field}` |" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "key 'a' stands in line 1 and again in line 3; keep one"),
+        ("a: {b: 1, b: 2}\n", "key 'b' stands in line 1 and again in line 1; keep one"),
+        ("a: 1\nb: 010\n", "line 2: YAML reads 010 as 8; write 8, or '010' if a word is meant"),
+        ("b: 1:30\n", "line 1: YAML reads 1:30 as 90; write 90"),
+    ],
+)
+def test_yaml_that_is_not_what_it_looks_like_is_refused(tmp_path, text, says):
+    path = tmp_path / "experiment.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_experiment(path)
+
+
+def test_an_anchor_may_be_laid_under_a_section(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: 0x10\nd: 0\n")
+    assert extended(path, "") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": 16, "d": 0}
+
+
+def test_a_mistake_is_looked_for_in_the_file_that_says_it(tmp_path):
+    profile = write(tmp_path, {"device": "cpu", "devise": "h100"}, "cluster.yaml")
+    below = write(tmp_path, {"layout": {"expret": 2}}, "stage.yaml")
+    content = {**CONTENT, "cluster": {"extends": "cluster.yaml"}}
+    with pytest.raises(ConfigError, match=rf"key 'cluster.devise'.*'device'\? \(in {profile}\)"):
+        load_experiment(write(tmp_path, content))
+    with pytest.raises(ConfigError, match=rf"key 'cluster.devise'.* \(in {profile}\)"):
+        load_experiment(write(tmp_path), cluster=profile)
+    content = {**CONTENT, "defaults": {**CONTENT["defaults"], "extends": "stage.yaml"}}
+    with pytest.raises(ConfigError, match=rf"'stages\[0\].layout.expret'.* \(in {below}\)"):
+        load_experiment(write(tmp_path, content))
+    with pytest.raises(ConfigError, match=r"'cluster.devise'; did you mean 'device'\?$"):
+        load_experiment(write(tmp_path), ["cluster.devise=3"])
+
+
+@pytest.mark.parametrize("option", ["lr", "global-batch-size", "save_interval", "seq-length"])
+def test_an_option_of_a_stage_is_refused_in_the_model(tmp_path, option):
+    experiment = load_experiment(write(tmp_path), [f"model.megatron.{option}=99"])
+    with pytest.raises(ConfigError, match=r"model.megatron.\S+ 99: --\S+ follows from a field"):
+        stage_arguments(experiment, chain(experiment)[0])

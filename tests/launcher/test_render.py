@@ -238,3 +238,10 @@ def test_the_schema_is_json():
     from megatron_growth.launcher.json_schema import experiment_schema
 
     assert json.loads(json.dumps(experiment_schema()))["properties"]["stages"]
+
+
+def test_a_job_whose_pods_would_have_too_long_names_is_refused(tmp_path):
+    long = (CONTAINER, f"name={'x' * 50}")
+    with pytest.raises(ConfigError, match=r"has 55 characters, and .* leave room for 50; shorten"):
+        rendered(tmp_path, Target.K8S, *long)
+    assert rendered(tmp_path, Target.SLURM, *long)
