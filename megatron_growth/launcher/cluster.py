@@ -7,6 +7,7 @@ environment: {NCCL_IB_HCA: mlx5, NCCL_SOCKET_IFNAME: eth0}
 slurm: {account: llm, partition: batch, minutes: 240}
 """
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -23,8 +24,9 @@ Line = Annotated[str, Field(pattern=r"^--?[^\n]+$")]
 
 
 def _as_text(value: object) -> object:
-    """What YAML made of a word that was to be text: `true` of on, a date of 2026-01-01."""
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
+    """Not what YAML made of a word that was to be text: true of on, a date of 2026-01-01."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if number or isinstance(value, str):
         return value
     raise ValueError(f"{value} is no text to YAML; put it in quotes")
 
