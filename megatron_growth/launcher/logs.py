@@ -34,6 +34,8 @@ _WITH_ANOTHER = re.compile(
 _START = re.compile(r"^=== start \d+", re.MULTILINE)
 # What a start on this machine was at when it ended.
 _LOCAL = {"preflight-failed": "preflight", "refused": "refused"}
+# What a shell makes of a signal.
+_SIGNALS = {137: " (killed: by hand, or for want of memory)", 143: " (asked to end)"}
 _TAIL = 256 << 10  # bytes of a log that are read
 
 
@@ -100,4 +102,6 @@ def cause(directory: Path) -> str:
     found = [match[1] for one in _CAUSES for text in texts for match in one.finditer(text)]
     own = (said for said in found if not _WITH_ANOTHER.search(said))
     nothing = f"nothing in {directory.name}/ranks or {directory.name}/slurm says why"
+    if last.get("code"):
+        nothing += f"; exit code {last['code']}{_SIGNALS.get(last['code'], '')}"
     return next(own, found[0] if found else nothing)

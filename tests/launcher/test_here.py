@@ -76,6 +76,15 @@ def test_ctrl_c_lets_the_run_save_and_says_how_to_go_on(launched, tmp_path, numb
     assert tracker.read_text() == "4\n"
 
 
+def test_what_is_stopped_in_its_preflight_is_not_called_failed(launched, tmp_path):
+    process = launched("true", preflight=f"touch {tmp_path}/pid; sleep 60")
+    until(lambda: (tmp_path / "pid").exists())
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert events(tmp_path) == ["started", "stopped"]
+
+
 def test_a_stage_that_fails_ends_the_chain_with_its_exit_code(launched, tmp_path):
     process = launched("exit 7")
     out, err = process.communicate(timeout=30)

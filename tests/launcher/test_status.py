@@ -134,6 +134,16 @@ def test_on_this_machine_only_what_the_last_start_said_counts(deep, event, why):
     assert deep.status().why == why
 
 
+def test_where_no_log_says_why_the_exit_code_does(deep):
+    deep.events("started")
+    last = {"event": "failed", "job": "41", "restart": 0, "code": 137}
+    with (deep.directory / "events.jsonl").open("a") as file:
+        file.write(json.dumps(last))
+    assert deep.status("41").why.endswith(
+        "says why; exit code 137 (killed: by hand, or for want of memory)"
+    )
+
+
 def test_where_slurm_cannot_be_asked_a_stage_is_not_called_failed(deep):
     deep.events("started")
     assert deep.status("41", asked=False).state == "running"
