@@ -232,9 +232,3 @@ def test_an_installed_package_has_the_templates(tmp_path):
     assert len(templates) >= 6
     for name in templates:
         assert f"megatron_growth/launcher/templates/{name}" in names
-
-
-def test_the_schema_is_json():
-    from megatron_growth.launcher.json_schema import experiment_schema
-
-    assert json.loads(json.dumps(experiment_schema()))["properties"]["stages"]
