@@ -24,7 +24,7 @@ from megatron_growth.launcher.experiment import (
     stage_named,
 )
 from megatron_growth.launcher.files import write_files
-from megatron_growth.launcher.json_schema import experiment_schema
+from megatron_growth.launcher.json_schema import Kind, json_schema
 from megatron_growth.launcher.launched import RESOLVED, check_unchanged
 from megatron_growth.launcher.provenance import ENVIRONMENT, GIT, environment_file, git_file
 from megatron_growth.launcher.render import File, Target, stage_files
@@ -129,9 +129,11 @@ def is_experiment(path: Path) -> bool:
     )
 
 
-def schema() -> None:
-    """Print the JSON schema of experiment files, for editors."""
-    print_json(experiment_schema())
+def schema(
+    of: Annotated[Kind, typer.Option(help="What the file is.")] = Kind.EXPERIMENT,
+) -> None:
+    """Print the JSON schema of experiments, or of another file that a user writes, for editors."""
+    print_json(json_schema(of))
 
 
 def _files(experiment: Experiment, links: list[Link], target: Target, workdir: Path) -> list[File]:

@@ -2,7 +2,7 @@
 command lines, and those to the files that torchrun, SLURM or Kubernetes take.
 
     experiment.py   the file; stage.py and cluster.py are its sections
-    json_schema.py  the file's schema, for editors; reference.py, for docs/
+    json_schema.py  schemas of the files, for editors; reference.py, for docs/
     chain.py        what follows from the order of the stages
     budget.py       what it costs and whether it fits
     arguments.py    a stage as Megatron's command line; options.py is how options are written

@@ -7,8 +7,8 @@
     cluster: {extends: ../clusters/h100.yaml}
     defaults: {save_interval: 500, megatron: {bf16: true}}
     stages:
-      - {name: base-17b, nodes: 8, learning_rate: {peak: 3.0e-4}, budget: {tokens: 600.0e9}, ...}
-      - {name: grown-35b, nodes: 16, growth: {depth: {factor: 2}}, budget: {tokens: 300.0e9}, ...}
+      - {name: base-17b, nodes: 8, learning_rate: {peak: 3.0e-4}, budget: {tokens: 600.0e+9}, ...}
+      - {name: grown-35b, nodes: 16, growth: {depth: {factor: 2}}, budget: {tokens: 300.0e+9}, ...}
 
 Any section may say `extends: FILE`; what stands beside it wins over the file, section by section.
 `defaults` is laid under every stage likewise. Both are gone once the file is loaded.

@@ -5,15 +5,12 @@ import copy
 import re
 from pathlib import Path
 
-import jsonschema
 import pytest
-import yaml
 
 from megatron_growth.errors import ConfigError
 from megatron_growth.launcher.arguments import stage_arguments
 from megatron_growth.launcher.chain import chain
 from megatron_growth.launcher.experiment import extended, load_experiment
-from megatron_growth.launcher.json_schema import experiment_schema
 from megatron_growth.launcher.reference import reference
 from tests.launcher.experiments import CONTENT, write
 
@@ -221,17 +218,7 @@ def test_growth_that_cannot_be_made_names_its_stage(tmp_path):
         chain(load_experiment(write(tmp_path), [setting]))
 
 
-# -- the schema for editors
-
-
-def test_the_schema_takes_our_file_and_refuses_a_mistake():
-    schema = experiment_schema()
-    jsonschema.validate(CONTENT, schema)
-    wrong = copy.deepcopy(CONTENT)
-    wrong["stages"][1]["growth"] = {"depth": {"factr": 2}}
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(wrong, schema)
-    assert yaml.safe_load("extends: x.yaml").keys() <= schema["properties"].keys()
+# -- the fields in docs/
 
 
 def test_the_reference_in_docs_is_that_of_the_schema():

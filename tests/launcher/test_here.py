@@ -77,7 +77,7 @@ def test_ctrl_c_lets_the_run_save_and_says_how_to_go_on(launched, tmp_path, numb
 
 
 def test_what_is_stopped_in_its_preflight_is_not_called_failed(launched, tmp_path):
-    process = launched("true", preflight=f"touch {tmp_path}/pid; sleep 60")
+    process = launched("true", preflight=f"touch {tmp_path}/pid; exec sleep 60")
     until(lambda: (tmp_path / "pid").exists())
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=30)

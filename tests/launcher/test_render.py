@@ -234,12 +234,6 @@ def test_an_installed_package_has_the_templates(tmp_path):
         assert f"megatron_growth/launcher/templates/{name}" in names
 
 
-def test_the_schema_is_json():
-    from megatron_growth.launcher.json_schema import experiment_schema
-
-    assert json.loads(json.dumps(experiment_schema()))["properties"]["stages"]
-
-
 def test_a_job_whose_pods_would_have_too_long_names_is_refused(tmp_path):
     long = (CONTAINER, f"name={'x' * 50}")
     with pytest.raises(ConfigError, match=r"has 55 characters, and .* leave room for 50; shorten"):
