@@ -31,12 +31,22 @@ def check_unchanged(experiment: Experiment, links: list[Link], workdir: Path) ->
     begun = [link for link in links if _is_begun(workdir / link.directory)]
     if not begun or not path.exists():
         return
-    before, now = _content(load_experiment(path)), _content(experiment)
+    before, now = _content(_read(path)), _content(experiment)
     for where, old, new in _changes(before, now, begun, workdir):
         raise ConfigError(
             f"{where} is {new!r}, but what is in {str(experiment.directory)!r} was launched with "
             f"{old!r}; put it back, or launch under another name with --set name=..."
         )
+
+
+def _read(path: Path) -> Experiment:
+    try:
+        return load_experiment(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; another version wrote this file, so it cannot be seen whether the stages are "
+            "what they were: compare them yourself, and move it away to go on"
+        ) from None
 
 
 def _is_begun(directory: Path) -> bool:

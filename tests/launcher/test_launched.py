@@ -88,3 +88,13 @@ def test_logs_have_a_directory_before_a_job_opens_them(begun):
     assert (begun / "deep/slurm").is_dir()
     assert (begun / "deep/ranks").is_dir()
     assert json.loads((begun / "deep/env.json").read_text())["environment"]
+
+
+def test_a_record_of_another_version_is_for_the_user_to_compare(begun, launch):
+    record = begun / "experiment.yaml"
+    record.write_text(record.read_text().replace("hidden_size:", "hidden_width:"))
+    code, err = launch()
+    assert code == 2
+    assert "compare them yourself, and move it away to go on" in err
+    record.unlink()
+    assert launch()[0] == 0
