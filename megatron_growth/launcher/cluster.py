@@ -30,8 +30,9 @@ class Container(Strict):
     registry: `registry.example.com#team/image:1.0`."""
 
     mounts: list[str] = []
-    """`outside:inside` pairs for Pyxis; the directory of the experiment must be among them, at the
-    same path on both sides."""
+    """`outside:inside` pairs for Pyxis, with flags as in `/data:/data:ro`. The directory launched
+    from and `runs` must be in one, at the same path on both sides; data, base and a local tokenizer
+    in any."""
 
 
 class Slurm(Strict):
@@ -91,7 +92,8 @@ class Kubernetes(Strict):
     """Kueue's LocalQueue, for gang scheduling; none by default."""
 
     claims: list[Claim] = []
-    """Volumes; the directory of the experiment must be on one."""
+    """Volumes, at least one. The directory launched from, `runs`, data, base and a local tokenizer
+    must each be on one."""
 
     resources: dict[str, int | str] = {}
     """What a node's pod asks for beside its GPUs: `rdma/ib: 8`, `memory: 1Ti`."""
