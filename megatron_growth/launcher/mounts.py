@@ -57,14 +57,13 @@ def check_mounts(experiment: Experiment, workdir: Path) -> None:
                 f"of the mounts {container.mounts}; add {f'{path}:{path}'!r} to "
                 f"cluster.container.mounts, or a directory above it, or {used.remedy}"
             )
-        # What lies deepest is seen, and of two at one place the later.
-        outside, inside = max(reversed(covering), key=lambda sides: len(sides[1].parts))
+        outside, inside = covering[-1]  # enroot mounts in this order, one over the other
         if used.outside and outside != inside:
             raise ConfigError(
                 f"{used.where}: {path!r}{used.what} would be another directory in the container, "
                 f"where {str(inside)!r} is {str(outside)!r}, and the scripts use one path on both "
-                f"sides; add {f'{path}:{path}'!r} to cluster.container.mounts, or {used.remedy} "
-                "at the same path"
+                f"sides; put {f'{path}:{path}'!r} at the end of cluster.container.mounts, or "
+                f"{used.remedy} at the same path"
             )
 
 
@@ -99,8 +98,8 @@ def _used(experiment: Experiment, workdir: Path, covers: str) -> Iterator[_Used]
         yield _Used("base.load", _absolute(base.load, workdir))
     for field, parts in (("train", data.train), ("valid", data.valid)):
         for index, part in enumerate(parts):
-            if not _is_weight(part):
-                yield _Used(f"data.{field}[{index}]", _absolute(str(part), workdir).parent)
+            # A prefix of files. Of a weight it is the working directory, which was looked at.
+            yield _Used(f"data.{field}[{index}]", _absolute(str(part), workdir).parent)
     # One that is not here is a name that Hugging Face knows.
     if data.tokenizer_model and (workdir / data.tokenizer_model).exists():
         yield _Used("data.tokenizer_model", _absolute(data.tokenizer_model, workdir))
@@ -115,11 +114,3 @@ def _sides(mount: str, workdir: Path) -> tuple[Path, Path]:
 def _absolute(path: str | Path, workdir: Path) -> Path:
     """Without `..`, which would seem to lie in what it leads out of."""
     return Path(os.path.normpath(workdir / path))
-
-
-def _is_weight(part: str | float) -> bool:
-    try:
-        float(part)
-    except ValueError:
-        return False
-    return True

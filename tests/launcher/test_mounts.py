@@ -98,7 +98,7 @@ def test_without_a_container_and_with_torchrun_all_is_there(tmp_path):
         ("/fs1:/lustre",),
         ("/lustre:/lustre", "/fs1:/lustre/work"),
         ("/lustre/work:/lustre/work", "/fs1:/lustre/work"),
-        ("/lustre/work:/work", "/fs1:/lustre"),
+        ("/lustre/work:/lustre/work", "/fs1:/lustre"),
     ],
 )
 def test_another_directory_at_the_same_path_is_refused(tmp_path, pairs):
@@ -114,7 +114,7 @@ def test_another_directory_at_the_same_path_is_refused(tmp_path, pairs):
         ("/lustre",),
         ("/a:/b,/lustre:/lustre",),
         ("/fs1:/lustre", "/lustre/work:/lustre/work"),
-        ("/fs1:/lustre/work", "/lustre/work:/lustre/work"),
+        ("/fs1:/lustre/work", "/lustre:/lustre"),
     ],
 )
 def test_a_mount_may_be_written_in_any_way_of_pyxis(tmp_path, pairs):
