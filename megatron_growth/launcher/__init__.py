@@ -9,6 +9,7 @@ command lines, and those to the files that torchrun, SLURM or Kubernetes take.
     environment.py  the environment that its layout asks for
     flags.py        the command line put to Megatron itself
     render.py       files for a target, by the templates in launch/
+    mounts.py       whether containers have the directories that they need
     submit.py       stages started, and their jobs
     status.py       where they are
     preflight.py    what each node checks before it trains

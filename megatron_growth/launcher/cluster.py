@@ -41,9 +41,10 @@ class Container(Strict):
     """A registry's name, or for Pyxis also the path of a squashfs file. Pyxis wants a `#` after the
     registry: `registry.example.com#team/image:1.0`."""
 
-    mounts: list[str] = []
-    """`outside:inside` pairs for Pyxis; the directory of the experiment must be among them, at the
-    same path on both sides."""
+    mounts: list[str] | None = []
+    """`outside:inside` pairs for Pyxis, with flags as in `/data:/data:ro`. The directory launched
+    from and `runs` must be in one, at the same path on both sides; data, base and a local tokenizer
+    in any. null where the site mounts its storage in every container: then nothing is checked."""
 
 
 class Slurm(Strict):
@@ -104,7 +105,8 @@ class Kubernetes(Strict):
     """Kueue's LocalQueue, for gang scheduling; none by default."""
 
     claims: list[Claim] = []
-    """Volumes; the directory of the experiment must be on one."""
+    """Volumes, at least one. The directory launched from, `runs`, data, base and a local tokenizer
+    must each be on one."""
 
     resources: dict[str, int | str] = {}
     """What a node's pod asks for beside its GPUs: `rdma/ib: 8`, `memory: 1Ti`."""

@@ -44,8 +44,8 @@ def _read(path: Path) -> Experiment:
         return load_experiment(path)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}; another version wrote this file, so it cannot be seen whether stages are what "
-            "they were: compare them yourself, and move it away to go on"
+            f"{error}; another version wrote this file, so it cannot be seen whether stages are "
+            "what they were: compare them yourself, and move it away to go on"
         ) from None
 
 

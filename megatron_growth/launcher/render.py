@@ -30,6 +30,7 @@ from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.environment import environment, modules
 from megatron_growth.launcher.experiment import Experiment
 from megatron_growth.launcher.kubernetes import job_name
+from megatron_growth.launcher.mounts import check_claims, check_mounts
 
 TEMPLATES = Path(__file__).with_name("templates")
 SECONDS_FOR_A_STEP = 60  # a signal is seen between two steps
@@ -68,6 +69,7 @@ def stage_files(experiment: Experiment, link: Link, target: Target, workdir: Pat
     directory = workdir / link.directory
     if target is Target.SLURM:
         _check_plain(directory)
+        check_mounts(experiment, workdir)
     values = _values(experiment, link, target, workdir)
     files = [File(directory / name, _render(name, values)) for name in _names(experiment, target)]
     if link.growth is not None:
@@ -166,7 +168,7 @@ def _values(experiment: Experiment, link: Link, target: Target, workdir: Path) -
         "container": cluster.container,
         "slurm": cluster.slurm,
     }
-    return values | (_kubernetes(experiment, values["job_name"]) if target is Target.K8S else {})
+    return values | (_kubernetes(experiment, link, workdir) if target is Target.K8S else {})
 
 
 def option_lines(words: list[str]) -> list[str]:
@@ -193,7 +195,7 @@ def _parent(experiment: Experiment, link: Link, workdir: Path) -> str:
     return str(workdir / link.parent.load.parent)
 
 
-def _kubernetes(experiment: Experiment, name: str) -> dict[str, Any]:
+def _kubernetes(experiment: Experiment, link: Link, workdir: Path) -> dict[str, Any]:
     cluster = experiment.cluster
     if cluster.container is None:
         raise ConfigError("cluster.container: Kubernetes runs nothing without an image; give one")
@@ -202,11 +204,13 @@ def _kubernetes(experiment: Experiment, name: str) -> dict[str, Any]:
             f"cluster.secrets {cluster.secrets}: no Secret holds them; name it in "
             "cluster.kubernetes.secret"
         )
+    name = job_name(experiment, link)
     if len(name) > _LONGEST_JOB:
         raise ConfigError(
             f"the TrainJob's name {name!r} has {len(name)} characters, and those of its pods leave "
             f"room for {_LONGEST_JOB}; shorten the experiment's or the stage's"
         )
+    check_claims(experiment, workdir)
     gpus = {"nvidia.com/gpu": cluster.processes_per_node} if cluster.device == "h100" else {}
     resources = gpus | dict(cluster.kubernetes.resources)
     return {"kubernetes": cluster.kubernetes, "resources": resources}

@@ -61,15 +61,15 @@ def test_it_loads_plans_renders_and_megatron_takes_it(path):
 def test_what_they_render_passes_shellcheck(tmp_path):
     scripts = []
     for path, target in product(EXPERIMENTS, Target):
-        experiment = load_experiment(path)
-        if target is Target.K8S and experiment.cluster.container is None:
-            continue
+        profile = CONFIGS / "clusters" / "h100_kubernetes.yaml" if target is Target.K8S else None
+        experiment = load_experiment(path, cluster=profile)
         for link in chain(experiment):
-            for file in stage_files(experiment, link, target, tmp_path / target / path.stem):
+            for file in stage_files(experiment, link, target, Path("/lustre", target, path.stem)):
                 if file.path.suffix == ".sh":
-                    file.path.parent.mkdir(parents=True, exist_ok=True)
-                    file.path.write_text(file.text)
-                    scripts.append(file.path)
+                    script = tmp_path / file.path.relative_to("/lustre")
+                    script.parent.mkdir(parents=True, exist_ok=True)
+                    script.write_text(file.text)
+                    scripts.append(script)
     assert len(scripts) > 60
     checker = Path(sys.executable).with_name("shellcheck")
     found = subprocess.run([checker, *scripts], capture_output=True, text=True, check=False)

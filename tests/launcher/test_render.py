@@ -17,7 +17,8 @@ from megatron_growth.launcher.experiment import load_experiment
 from megatron_growth.launcher.render import TEMPLATES, Target
 from tests.launcher.rendering import rendered, stub
 
-CONTAINER = "cluster.container={image: 'registry/image:1', mounts: ['/lustre:/lustre']}"
+CONTAINER = "cluster.container={image: 'registry/image:1', mounts: ['/:/']}"
+CLAIM = "cluster.kubernetes.claims=[{name: shared, path: /}]"
 VARIANTS = [
     (Target.SLURM, ()),
     (Target.SLURM, ("cluster.slurm.tasks=torchrun", CONTAINER, "cluster.secrets=[WANDB_API_KEY]",
@@ -25,7 +26,7 @@ VARIANTS = [
                     "cluster.slurm.options=[--qos=high]", "cluster.preflight=false")),
     (Target.TORCHRUN, ()),
     (Target.TORCHRUN, ("cluster.secrets=[WANDB_API_KEY]", "cluster.device=cpu")),
-    (Target.K8S, (CONTAINER,)),
+    (Target.K8S, (CONTAINER, CLAIM)),
 ]  # fmt: skip
 
 
@@ -65,11 +66,12 @@ def test_a_job_asks_for_one_task_a_gpu_or_one_agent_a_node(tmp_path, tasks, per_
     assert "#SBATCH --time=60\n#SBATCH --signal=B:USR1@360\n#SBATCH --requeue\n" in job
 
 
-def test_a_container_without_mounts_says_nothing_of_them(tmp_path):
-    """Pyxis refuses an empty list."""
-    job = rendered(tmp_path, Target.SLURM, "cluster.container={image: a}")["base/job.sh"]
+def test_a_step_asks_for_the_container_and_its_mounts(tmp_path):
+    mounts = f"[{tmp_path}:{tmp_path}, '/home/a b:/b:ro']"
+    setting = f"cluster.container={{image: a, mounts: {mounts}}}"
+    job = rendered(tmp_path, Target.SLURM, setting)["base/job.sh"]
     assert "--container-image=a --no-container-mount-home" in job
-    assert "--container-mounts" not in job
+    assert f"--container-mounts='{tmp_path}:{tmp_path},/home/a b:/b:ro'" in job
 
 
 def test_training_ends_in_time_for_the_walltime(tmp_path):
@@ -132,7 +134,8 @@ def test_a_directory_that_sbatch_would_misread_is_refused_and_others_run_in_it(t
 
 def test_secrets_travel_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "do-not-tell")
-    settings = ("cluster.secrets=[WANDB_API_KEY]", CONTAINER, "cluster.kubernetes.secret=keys")
+    named = "cluster.kubernetes.secret=keys"
+    settings = ("cluster.secrets=[WANDB_API_KEY]", CONTAINER, CLAIM, named)
     for target in Target:
         for text in rendered(tmp_path, target, *settings).values():
             assert "do-not-tell" not in text
@@ -186,14 +189,15 @@ def test_a_train_job_fits_its_schema_and_is_the_golden_one(tmp_path):
     settings = (
         CONTAINER,
         "cluster.secrets=[WANDB_API_KEY]",
-        "cluster.kubernetes={secret: keys, queue: h100, claims: [{name: lustre, path: /lustre}], "
-        "resources: {rdma/ib: 8}}",
+        "cluster.kubernetes={secret: keys, queue: h100, claims: [{name: lustre, path: "
+        f"{tmp_path.parent}}}], resources: {{rdma/ib: 8}}}}",
     )
     text = rendered(tmp_path, Target.K8S, *settings)["deep/trainjob.yaml"]
     job = yaml.safe_load(text)
     jsonschema.validate(job, TRAIN_JOB)
     golden = Path(__file__).with_name("golden") / "trainjob.yaml"
-    assert text.replace(str(tmp_path), "/lustre/work") == golden.read_text(encoding="utf-8")
+    text = text.replace(str(tmp_path), "/lustre/work").replace(str(tmp_path.parent), "/lustre")
+    assert text == golden.read_text(encoding="utf-8")
 
 
 def test_kubernetes_needs_an_image_and_a_secret_for_secrets(tmp_path):

@@ -17,14 +17,11 @@ echo 1000 >"$save"/latest_checkpointed_iteration.txt
 """
 
 
-@pytest.mark.parametrize(
-    ("mounts", "understood"),
-    [(["/lustre:/lustre", "/home/a b:/b"], "/lustre:/lustre,/home/a b:/b"), ([], "none")],
-)
-def test_every_step_asks_for_the_container(slurm, chain, tmp_path, mounts, understood):
+def test_every_step_asks_for_the_container(slurm, chain, corpus, tmp_path):
     reason = minislurm.no_container_options()
     if reason:
         pytest.skip(reason)
+    mounts = [f"{tmp_path}:{tmp_path}", f"{corpus}:{corpus}:ro", "/home/a b:/b"]
     image = "user@registry.example.com#team/image:1.0"
     run = chain(**{
         "cluster.python": str(stub(tmp_path, "python", PYTHON)),
@@ -35,4 +32,4 @@ def test_every_step_asks_for_the_container(slurm, chain, tmp_path, mounts, under
     for stage in ("base", "grown"):
         for kind in ("preflight", "train"):
             said = run.said(stage, 0, kind).splitlines()
-            assert said == [f"{image}|{understood}|yes"] * 2, "two ranks"
+            assert said == [f"{image}|{','.join(mounts)}|yes"] * 2, "two ranks"
