@@ -11,7 +11,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -561,53 +560,76 @@ KILLS = 50
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["copy", "link"])
 def test_a_kill_at_any_moment_leaves_a_checkpoint_or_none(mode, small, tmp_path, monkeypatch):
-    """`kill -9` at moments spread over the whole of a growth, with --resume in between."""
+    """`kill -9` at file operations spread over the whole of a growth, with --resume in between."""
     monkeypatch.setattr(data_files, "FILE_BYTES", 20_000)
     before = contents(small)
     write(small, tmp_path / "whole", BOTH, mode)
-    want, seconds = data(tmp_path / "whole"), _seconds(small, tmp_path / "timed", mode)
+    want, operations = data(tmp_path / "whole"), _operations(small, tmp_path / "counted", mode)
+    assert operations > KILLS
     killed = complete = 0
     for number in range(KILLS):
         save = tmp_path / str(number)
-        for delay in (seconds * number / KILLS, seconds * (KILLS - number) / KILLS / 2):
-            killed += _killed(small, save, mode, delay)
+        first, then = number / KILLS, (KILLS - number) / KILLS / 2
+        for last in (int(first * operations), int(then * operations)):
+            killed += _grown(small, save, mode, last)[1] == signal.SIGKILL
             if (save / TRACKER).exists():
                 complete += 1
                 assert data(save) == want
             for found in save.glob("iter_*"):  # whole, even if the tracker is still to come
-                assert {f"{NAME}/{name}" for name in contents(found)} == set(want) - {TRACKER}
+                names = {f"{NAME}/{name}" for name in contents(found)}
+                assert names >= set(want) - {TRACKER}
+                extra = names - set(want)  # by which a resume knows it
+                assert all(name.endswith((".index", "/job.json")) for name in extra)
         if not (save / TRACKER).exists():
             write(small, save, BOTH, mode, resume=True)
         assert data(save) == want
         shutil.rmtree(save)
-    assert killed > KILLS
+    assert killed > KILLS, "the first time always, and mostly when it was resumed"
     assert complete < 2 * KILLS
     assert contents(small) == before
 
 
-def _seconds(base: Path, save: Path, mode: str) -> float:
-    start = time.monotonic()
-    _killed(base, save, mode, 600)
-    return time.monotonic() - start
+def _operations(base: Path, save: Path, mode: str) -> int:
+    return _grown(base, save, mode, None)[0]
 
 
-def _killed(base: Path, save: Path, mode: str, delay: float) -> bool:
-    """Grow in a child and kill it after `delay` seconds; whether that came before its end."""
+def _grown(base: Path, save: Path, mode: str, last: int | None) -> tuple[int, int]:
+    """Grow in a child, which is killed before its file operation number `last`.
+
+    Returns:
+        How many file operations there were, and the signal that ended it, 0 for none.
+    """
+    read, write_end = os.pipe()
     child = os.fork()
     if child == 0:
+        count = 0
+
+        def hook(event: str, args: tuple[object, ...]) -> None:
+            nonlocal count
+            if event not in _FILE_EVENTS or not any(str(save) in str(one) for one in args):
+                return
+            if count == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
         try:
+            sys.addaudithook(hook)
             torch.set_num_threads(1)
             write(base, save, BOTH, mode, resume=True)
+            os.write(write_end, str(count).encode())
         finally:
             os._exit(0)
-    end = time.monotonic() + delay
-    while time.monotonic() < end:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return False
-        time.sleep(0.0005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return True
+    os.close(write_end)
+    status = os.waitpid(child, 0)[1]
+    with os.fdopen(read) as pipe:
+        return int(pipe.read() or 0), os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+# As Python's audit events name them.
+_FILE_EVENTS = (
+    "open", "os.rename", "os.link", "os.symlink", "os.mkdir", "os.remove", "os.rmdir", "os.scandir",
+    "os.listdir", "os.truncate", "os.chmod",
+)  # fmt: skip
 
 
 # -- what a directory may look like
