@@ -37,17 +37,20 @@ _RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "seq_length": ("max_position_embeddings", lambda value: value),
     # A float there, and Megatron's option takes whole numbers.
     "rotary_base": ("rotary_base", lambda value: int(value) if value == int(value) else value),
+    # A list in YAML, and Megatron's option takes a pair.
+    "window_size": ("window_size", lambda value: value and tuple(value)),
 }
 
 # Fields that change what a model computes and have no argument: what they must be.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("rope", "learned_absolute", "none"),
     "softmax_scale": (None,),
     "experimental_attention_variant": (None,),
     "heterogeneous_block_specs": (None, False),
     "restore_modelopt_state": (None, False),
     "yarn_rotary_scaling_factor": (None,),
 }
+
+_POSITIONS = ("rope", "learned_absolute", "none")
 
 # How the vocabulary was padded is in the tensors.
 _LEFT = frozenset({"vocab_size", "make_vocab_size_divisible_by"})
@@ -120,6 +123,8 @@ def _check(path: Path, model: dict[str, Any]) -> None:
          spec in _SPECS),
         ("activation_func", activation, activation == "torch.nn.functional.silu"),
         ("gated_linear_unit", gated, gated is True),
+        ("position_embedding_type", position := model.get("position_embedding_type"),
+         position in _POSITIONS),
         *((name, model.get(name), model.get(name, values[0]) in values)
           for name, values in _FIXED.items()),
     ]  # fmt: skip

@@ -30,7 +30,7 @@ from megatron_growth.launcher.provenance import ENVIRONMENT, GIT, environment_fi
 from megatron_growth.launcher.render import File, Target, stage_files
 from megatron_growth.launcher.status import stage_status
 from megatron_growth.launcher.status_table import print_status
-from megatron_growth.launcher.submit import check_idle, check_ready, job_of, queue
+from megatron_growth.launcher.submit import check_idle, check_ready, job_of, live_stages, queues
 from megatron_growth.launcher.submit import submit as start
 from megatron_growth.quiet import quiet
 
@@ -63,14 +63,15 @@ def launch(
 
         check_flags(loaded, links)
     chosen = [link for link in links if stage in (None, link.stage.name)]
-    files = [_resolved(loaded, workdir), *_files(loaded, chosen, target, workdir)]
+    files = [_resolved(loaded, links, workdir), *_files(loaded, chosen, target, workdir)]
+    live = live_stages(loaded, links, workdir)
+    check_unchanged(loaded, links, live, workdir)
     if dry_run:
         _show(console, files, workdir)
         return
-    check_unchanged(loaded, links, workdir)
-    check_idle(loaded, chosen, workdir)
+    check_idle(chosen, live)
     if submit:
-        check_ready(loaded, chosen, target, workdir)
+        check_ready(loaded, chosen, live, target, workdir)
     write_files(files)
     console.print(f"{len(files)} files written below {loaded.directory}")
     if submit:
@@ -95,9 +96,11 @@ def status(
     workdir = Path.cwd()
     loaded = load_experiment(experiment, settings or (), cluster)
     known = jobs.read(workdir / loaded.directory)
-    waiting = queue(known)
+    asked = queues(known)
     stages = [
-        stage_status(link, job_of(known.get(link.stage.name, {})), waiting, workdir)
+        stage_status(
+            link, job_of(known.get(link.stage.name, {})), asked.get(link.stage.name, {}), workdir
+        )
         for link in chain(loaded)
     ]
     if as_json:
@@ -147,8 +150,11 @@ def _files(experiment: Experiment, links: list[Link], target: Target, workdir: P
     return files
 
 
-def _resolved(experiment: Experiment, workdir: Path) -> File:
-    """The experiment as it was launched, every extended file and default in it."""
+def _resolved(experiment: Experiment, links: list[Link], workdir: Path) -> File:
+    """The experiment as it was launched, every extended file and default in it, and the number of
+    the base's latest iteration."""
+    if links[0].outside:
+        experiment = experiment.model_copy(update={"base": links[0].parent})
     content = experiment.model_dump(mode="json", by_alias=True, exclude_none=True)
     head = f"# As launched by megatron-growth {version('megatron-growth')}.\n"
     text = head + yaml.safe_dump(content, sort_keys=False)

@@ -4,14 +4,15 @@ command lines, and those to the files that torchrun, SLURM or Kubernetes take.
     experiment.py   the file; stage.py and cluster.py are its sections
     json_schema.py  schemas of the files, for editors; reference.py, for docs/
     chain.py        what follows from the order of the stages
-    budget.py       what it costs and whether it fits
+    budget.py       what it costs and whether it fits; sharding.py, budget_notes.py
     arguments.py    a stage as Megatron's command line; options.py is how options are written
     environment.py  the environment that its layout asks for
     flags.py        the command line put to Megatron itself
-    render.py       files for a target, by the templates in launch/
+    render.py       files for a target, by the templates in launch/; files.py writes them
     mounts.py       whether containers have the directories that they need
-    submit.py       stages started, and their jobs
-    status.py       where they are
+    launched.py     what was launched before, and may not be said otherwise now
+    submit.py       stages started: slurm.py, kubernetes.py, here.py; jobs.py remembers as what
+    status.py       where they are, from events.py and logs.py
     preflight.py    what each node checks before it trains
-    command.py      the commands; budget_tables.py and status_table.py are what they print
+    budget_tables.py, status_table.py    tables of the commands
 """

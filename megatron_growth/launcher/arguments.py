@@ -76,7 +76,7 @@ def _of_base(experiment: Experiment, link: Link) -> Table:
     """A base from elsewhere may have no tokenizer, or one that lay elsewhere; what `data` says of
     it wins."""
     data = experiment.data
-    if link.parent != experiment.base or not data.model_fields_set & {
+    if not link.outside or not data.model_fields_set & {
         "tokenizer",
         "tokenizer_model",
     }:
@@ -158,13 +158,11 @@ def _schedule(rate: LearningRateConfig) -> Table:
 
 def _checkpoints(link: Link) -> Table:
     table: Table = {"save": str(link.checkpoints), "save-interval": link.stage.save_interval}
+    # Upstream would hold a run to the schedule length that it, or its base, began with.
+    table["override-opt-param-scheduler"] = True
     if link.growth is None:
         return table | {"load": str(link.checkpoints)}  # its own; none at the first start
-    # Upstream would hold the run to the schedule length of the base.
-    return table | {
-        "growth-config": str(link.directory / GROWTH_FILE),
-        "override-opt-param-scheduler": True,
-    }
+    return table | {"growth-config": str(link.directory / GROWTH_FILE)}
 
 
 def _minutes(experiment: Experiment, walltime: int | None) -> int | None:

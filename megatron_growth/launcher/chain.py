@@ -38,6 +38,7 @@ class Link:
         growth: how its base is loaded, grown or as it is; None where it trains from random weights.
         base: the model it starts from, None likewise.
         parent: the checkpoint of that, None likewise.
+        outside: whether that is the experiment's base, and no stage before.
         first: iteration it starts at.
         last: iteration it ends at, Megatron's `--train-iters`.
         tokens: in one iteration.
@@ -50,6 +51,7 @@ class Link:
     growth: GrowthConfig | None
     base: Geometry | None
     parent: BaseConfig | None
+    outside: bool
     first: int
     last: int
     tokens: int
@@ -80,7 +82,7 @@ def _link(experiment: Experiment, stage: Stage, path: str, before: Link | None) 
     base = before.model if before else experiment.model
     model = grown(base, stage.growth, f"{path}.growth") if stage.growth else base
     tokens = stage.global_batch_size * experiment.data.seq_length
-    parent = BaseConfig(load=before.checkpoints) if before else experiment.base
+    parent = BaseConfig(load=before.checkpoints) if before else _settled(experiment.base)
     if parent is None or stage.continue_.iteration == "reset":
         first = 0
     else:
@@ -95,6 +97,7 @@ def _link(experiment: Experiment, stage: Stage, path: str, before: Link | None) 
         growth=(stage.growth or GrowthConfig(as_is=True)) if parent else None,
         base=base if parent else None,
         parent=parent,
+        outside=before is None and parent is not None,
         first=first,
         last=first + iterations,
         tokens=tokens,
@@ -149,17 +152,25 @@ def _iterations(budget: Budget, tokens: int, model: Geometry) -> int:
     return math.ceil(wanted / tokens)
 
 
+def _settled(base: BaseConfig | None) -> BaseConfig | None:
+    """With the number of its latest iteration, where that can be read: the base may train on."""
+    if base is None or base.load is None or base.iteration != "latest":
+        return base
+    try:
+        number = int((base.load / TRACKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return base
+    return base.model_copy(update={"iteration": number})
+
+
 def _iteration(base: BaseConfig) -> int:
     assert base.load is not None  # the experiment saw to it
     if base.iteration == "release":  # it has none
         return 0
     if base.iteration != "latest":
         return base.iteration
-    try:
-        return int((base.load / TRACKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ConfigError(
-            f"base.iteration 'latest': {str(base.load / TRACKER)!r} does not say which that is, "
-            "and the first stage counts on from it; give the number, or let the stage say "
-            "`continue: {iteration: reset, data: reset}`"
-        ) from None
+    raise ConfigError(
+        f"base.iteration 'latest': {str(base.load / TRACKER)!r} does not say which that is, "
+        "and the first stage counts on from it; give the number, or let the stage say "
+        "`continue: {iteration: reset, data: reset}`"
+    )

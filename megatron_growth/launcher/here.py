@@ -1,46 +1,49 @@
 """This machine: the stages of one node each, one after the other.
 
 A stage is a process group of its own. Ctrl-C, and a TERM to the launcher, are passed on to its
-`node.sh` alone, which lets the run save before it ends. While anything of a stage runs, a lock in
-its directory is held, by the last of its processes if need be.
+`node.sh` alone, which lets the run save before it ends. While a stage runs a lock in its directory
+is held, by `node.sh` and what that started, torchrun's agent above all; not by the agent's ranks.
 """
 
 import fcntl
+import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from megatron_growth.errors import StageError
+from megatron_growth.launcher import jobs
 from megatron_growth.launcher.chain import Link
+from megatron_growth.launcher.experiment import Experiment
 
 LOCKS = ".lock.*"  # one for each node, as node.sh names them; in it the process id of node.sh
 
 
 def holder(directory: Path) -> str | None:
-    """The process id of a stage's `node.sh` if anything that it started still runs, as far as this
+    """The process id of a stage's `node.sh` if it, or what it started, still runs as far as this
     machine can tell; None if nothing does."""
     for path in directory.glob(LOCKS):
-        with path.open("r+", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return lock.read().strip()
-            except OSError:  # a file system without locks
-                continue
+        try:
+            with path.open(encoding="utf-8") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return path.read_text(encoding="utf-8").strip()
+        except OSError:  # not for us to read, or a file system without locks
+            continue
     return None
 
 
-def submit(links: Sequence[Link], workdir: Path) -> Iterator[str]:
+def submit(experiment: Experiment, links: Sequence[Link], workdir: Path) -> Iterator[str]:
     """Run the stages; a line when one starts, and one when it ends.
 
     Raises:
         StageError: one failed, or was stopped.
     """
-    for link in links:
+    for index, link in enumerate(links, start=1):
+        jobs.forget(workdir / experiment.directory, link.stage.name)
         yield f"{link.stage.name}: running"
         code, stopped_by = _run(workdir / link.directory / "node.sh")
         if code and stopped_by:
@@ -55,6 +58,11 @@ def submit(links: Sequence[Link], workdir: Path) -> Iterator[str]:
                 code if code > 0 else 128 - code,
             )
         yield f"{link.stage.name}: done"
+        if stopped_by and links[index:]:
+            raise StageError(
+                f"stopped before stage {links[index].stage.name!r}; launch again to go on",
+                128 + stopped_by,
+            )
 
 
 def _run(script: Path) -> tuple[int, int]:
@@ -64,7 +72,7 @@ def _run(script: Path) -> tuple[int, int]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if not came:
-            print("stopping: the run saves after its current step", file=sys.stderr, flush=True)
+            os.write(2, b"stopping: the run saves after its current step\n")
         came.append(number)
         for process in started:
             process.terminate()

@@ -30,8 +30,19 @@ def read(directory: Path) -> Jobs:
 
 
 def record(directory: Path, stage: str, job: Mapping[str, str]) -> None:
-    """Note a stage's job, whole or not at all."""
-    known = {**read(directory), stage: dict(job)}
+    """Note a stage's job."""
+    _write(directory, {**read(directory), stage: dict(job)})
+
+
+def forget(directory: Path, stage: str) -> None:
+    """A stage's job is over; something else runs it now."""
+    known = read(directory)
+    if known.pop(stage, None):
+        _write(directory, known)
+
+
+def _write(directory: Path, known: Jobs) -> None:
+    """Whole or not at all."""
     new = directory / f"{FILE}.new"
     new.write_text(json.dumps(known, indent=2), encoding="utf-8")
     new.replace(directory / FILE)

@@ -4,7 +4,9 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from megatron_growth.errors import ConfigError
 from megatron_growth.launcher import jobs
 from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.experiment import Experiment
@@ -13,6 +15,8 @@ from megatron_growth.launcher.programs import answer
 # Conditions of a TrainJob that has ended, and what is said of one that has not.
 _ENDED = ("Complete", "Failed")
 _WAITS = "Suspended"
+# On a TrainJob: the stage's directory, which it is of.
+ANNOTATION = "megatron-growth.io/directory"
 
 
 def live(known: Mapping[str, Mapping[str, str]]) -> dict[str, str] | None:
@@ -27,17 +31,42 @@ def live(known: Mapping[str, Mapping[str, str]]) -> dict[str, str] | None:
         return {}
     if shutil.which("kubectl") is None:
         return None
-    states = {entry["trainjob"]: _state(entry["trainjob"], entry["namespace"]) for entry in asked}
-    return {name: state for name, state in states.items() if state not in (None, *_ENDED)}
+    found = {entry["trainjob"]: _found(entry["trainjob"], entry["namespace"]) for entry in asked}
+    states = {name: _state(job) for name, job in found.items() if job is not None}
+    return {name: state for name, state in states.items() if state not in _ENDED}
+
+
+def check(experiment: Experiment, link: Link, workdir: Path) -> None:
+    """Before a stage's TrainJob is made.
+
+    Raises:
+        ConfigError: there is one of its name that is not of this stage, or that lives.
+    """
+    name, namespace = job_name(experiment, link), experiment.cluster.kubernetes.namespace
+    job = _found(name, namespace)
+    if job is None:
+        return
+    own = str(workdir / link.directory)
+    other = job["metadata"].get("annotations", {}).get(ANNOTATION)
+    if other != own:
+        raise ConfigError(
+            f"namespace {namespace!r} has a TrainJob {name!r} of {other or 'somebody else'!r}, not "
+            f"of {own!r}; launch under another name with --set name=..."
+        )
+    if _state(job) not in _ENDED:
+        raise ConfigError(
+            f"TrainJob {name!r} is {_state(job)}; wait for it, or end it with `kubectl delete "
+            f"trainjob {name} --namespace {namespace}`"
+        )
 
 
 def submit(experiment: Experiment, links: Sequence[Link], workdir: Path) -> Iterator[str]:
-    """Apply the first stage; the caller has seen that none of its jobs is live."""
+    """Apply the first stage, which `check` has seen."""
     if not links:
         return
     first, *rest = links
     name, namespace = job_name(experiment, first), experiment.cluster.kubernetes.namespace
-    if _state(name, namespace) in _ENDED:  # its specification cannot be applied again
+    if _found(name, namespace):  # ended; its specification cannot be applied again
         answer(["kubectl", "delete", "trainjob", name, "--namespace", namespace])
     answer(["kubectl", "apply", "-f", str(workdir / first.directory / "trainjob.yaml")])
     job = {"trainjob": name, "namespace": namespace}
@@ -53,13 +82,16 @@ def job_name(experiment: Experiment, link: Link) -> str:
     return f"{experiment.name}-{link.stage.name}"
 
 
-def _state(name: str, namespace: str) -> str | None:
-    """`Complete`, `Failed`, `PENDING (Suspended)` or `RUNNING`; None where there is no such job."""
+def _found(name: str, namespace: str) -> dict[str, Any] | None:
+    """The TrainJob of that name, None where there is none."""
     words = ["kubectl", "get", "trainjob", name, "--namespace", namespace]
     said = answer([*words, "--ignore-not-found", "--output", "json"])
-    if not said.strip():
-        return None
-    conditions = json.loads(said).get("status", {}).get("conditions", [])
+    return dict(json.loads(said)) if said.strip() else None
+
+
+def _state(job: Mapping[str, Any]) -> str:
+    """`Complete`, `Failed`, `PENDING (Suspended)` or `RUNNING`."""
+    conditions = job.get("status", {}).get("conditions", [])
     true = [one["type"] for one in conditions if one["status"] == "True"]
     ended = next((one for one in _ENDED if one in true), None)
     return ended or (f"PENDING ({_WAITS})" if _WAITS in true else "RUNNING")

@@ -1,41 +1,50 @@
 """What was launched under this name before, and whether the file still says the same of it.
 
-A stage that has checkpoints goes on from them, and one that is done is passed over, whatever the
-file says by then. So what made them may not be said otherwise: the run would look like something it
+A stage that runs or has checkpoints goes on, and one that is done is passed over, whatever the file
+says by then. So what made them may not be said otherwise: the run would look like something it
 is not. Layouts, nodes, intervals and clusters may change from one start to the next.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_growth.errors import ConfigError
-from megatron_growth.launcher.chain import Link
+from megatron_growth.launcher.chain import Link, chain
 from megatron_growth.launcher.experiment import Experiment, load_experiment
 
 RESOLVED = "experiment.yaml"
-# What the weights of a stage come from. A run that goes on is held to its growth here, to its rates
-# by Megatron; its budget may change until it is done.
-_STARTED = ("growth",)
-_DONE = ("growth", "continue", "learning_rate", "global_batch_size", "budget")
+# What the weights of a stage come from, beside its model.
+_FROM_SCRATCH = ("learning_rate", "global_batch_size")
+_FROM_A_BASE = ("growth", "continue")
+_DONE = ("budget", *_FROM_SCRATCH, *_FROM_A_BASE)
 _DATA = ("tokenizer", "tokenizer_model")
 
 
-def check_unchanged(experiment: Experiment, links: list[Link], workdir: Path) -> None:
+def check_unchanged(
+    experiment: Experiment, links: list[Link], running: Collection[str], workdir: Path
+) -> None:
     """Compare with the experiment as it was launched last.
 
+    Args:
+        experiment: as it is now.
+        links: its stages.
+        running: names of those that run.
+        workdir: directory that the relative paths of the experiment start from.
+
     Raises:
-        ConfigError: a stage that has checkpoints would now come from something else.
+        ConfigError: a stage that has begun would now come from something else.
     """
     path = workdir / experiment.directory / RESOLVED
-    begun = [link for link in links if _is_begun(workdir / link.directory)]
+    begun = [link for link in links if link.stage.name in running or _saved(link, workdir)]
     if not begun or not path.exists():
         return
-    before, now = _content(_read(path)), _content(experiment)
-    for where, old, new in _changes(before, now, begun, workdir):
+    before = _read(path)
+    for where, old, new in _changes(before, experiment, links, begun, workdir):
         raise ConfigError(
             f"{where} is {new!r}, but what is in {str(experiment.directory)!r} was launched with "
-            f"{old!r}; put it back, or launch under another name with --set name=..."
+            f"{old!r}; put it back, or launch under another name with --set name=...; if it is but "
+            f"the same at another place, move {str(path)!r} away"
         )
 
 
@@ -49,35 +58,48 @@ def _read(path: Path) -> Experiment:
         ) from None
 
 
-def _is_begun(directory: Path) -> bool:
-    tracker = directory / "checkpoints" / "latest_checkpointed_iteration.txt"
-    return tracker.exists() or (directory / "DONE").exists()
+def _saved(link: Link, workdir: Path) -> bool:
+    tracker = workdir / link.checkpoints / "latest_checkpointed_iteration.txt"
+    return tracker.exists() or _done(link, workdir)
+
+
+def _done(link: Link, workdir: Path) -> bool:
+    return (workdir / link.directory / "DONE").exists()
+
+
+def _changes(
+    before: Experiment, now: Experiment, links: list[Link], begun: list[Link], workdir: Path
+) -> Iterator[tuple[str, Any, Any]]:
+    """Path, old and new value of what must not change."""
+    old, new = _content(before), _content(now)
+    was = {link.stage.name: link for link in chain(before)}
+    names, old_names = [link.stage.name for link in links], list(was)
+    yield from _leaves(old["model"], new["model"], "model")
+    for field in _DATA:
+        yield from _leaves(old["data"][field], new["data"][field], f"data.{field}")
+    if not _saved(links[0], workdir):  # then it needs the base no more
+        parent, now_parent = (
+            one and one.model_dump(mode="json")
+            for one in (next(iter(was.values())).parent, links[0].parent)
+        )
+        yield from _leaves(parent, now_parent, "base")
+    for link in begun:
+        name, index = link.stage.name, names.index(link.stage.name)
+        if old_names[: index + 1] != names[: index + 1]:
+            yield "the order of stages", old_names, names
+            return
+        fields = _FROM_SCRATCH if link.growth is None else _FROM_A_BASE
+        for field in _DONE if _done(link, workdir) else fields:
+            yield from _leaves(
+                old["stages"][index][field], new["stages"][index][field], f"{link.path}.{field}"
+            )
+        yield from _leaves(was[name].first, link.first, f"the first iteration of {link.path}")
+        if _done(link, workdir):
+            yield from _leaves(was[name].last, link.last, f"the last iteration of {link.path}")
 
 
 def _content(experiment: Experiment) -> dict[str, Any]:
     return experiment.model_dump(mode="json", by_alias=True)
-
-
-def _changes(
-    before: dict[str, Any], now: dict[str, Any], begun: list[Link], workdir: Path
-) -> Iterator[tuple[str, Any, Any]]:
-    """Path, old and new value of what must not change."""
-    yield from _leaves(before["base"], now["base"], "base")
-    yield from _leaves(before["model"], now["model"], "model")
-    for field in _DATA:
-        yield from _leaves(before["data"][field], now["data"][field], f"data.{field}")
-    old_names, new_names = (
-        [stage["name"] for stage in content["stages"]] for content in (before, now)
-    )
-    for link in begun:
-        name, index = link.stage.name, new_names.index(link.stage.name)
-        if name not in old_names or old_names[: old_names.index(name)] != new_names[:index]:
-            yield "the order of stages", old_names, new_names
-            return
-        old, new = before["stages"][old_names.index(name)], now["stages"][index]
-        done = (workdir / link.directory / "DONE").exists()
-        for field in _DONE if done else _STARTED:
-            yield from _leaves(old[field], new[field], f"{link.path}.{field}")
 
 
 def _leaves(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

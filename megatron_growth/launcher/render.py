@@ -68,6 +68,7 @@ def stage_files(experiment: Experiment, link: Link, target: Target, workdir: Pat
     """
     directory = workdir / link.directory
     if target is Target.SLURM:
+        _check_plain(workdir)
         _check_plain(directory)
         check_mounts(experiment, workdir)
     values = _values(experiment, link, target, workdir)
@@ -130,7 +131,7 @@ def _render(name: str, values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # shell and YAML; every value goes through `quote` or `tojson`
+        autoescape=False,  # shell and YAML: what may need it goes through `quote` or `tojson`
     )
     templates.filters["quote"] = lambda value: shlex.quote(str(value))
     return templates.get_template(f"{name}.j2").render(values)
@@ -189,7 +190,7 @@ def _quoted(word: str) -> str:
 
 def _parent(experiment: Experiment, link: Link, workdir: Path) -> str:
     """The stage whose DONE is waited for; none for a base that is there already."""
-    if link.parent is None or experiment.base == link.parent:
+    if link.parent is None or link.outside:
         return ""
     assert link.parent.load is not None
     return str(workdir / link.parent.load.parent)

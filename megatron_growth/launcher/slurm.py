@@ -10,7 +10,11 @@ from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.experiment import Experiment
 from megatron_growth.launcher.programs import answer
 
-_LIVE = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "STOPPED")
+# All other states, REQUEUE_HOLD among them, are of jobs that may run yet.
+_ENDED = (
+    "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL",
+    "DEADLINE", "OUT_OF_MEMORY", "REVOKED",
+)  # fmt: skip
 
 
 def live(known: Mapping[str, Mapping[str, str]]) -> dict[str, str] | None:
@@ -30,7 +34,7 @@ def live(known: Mapping[str, Mapping[str, str]]) -> dict[str, str] | None:
     return {
         job: state if reason in ([], ["None"]) else f"{state} ({reason[0]})"
         for job, state, *reason in rows
-        if job in ids and state in _LIVE
+        if job in ids and state not in _ENDED
     }
 
 

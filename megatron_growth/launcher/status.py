@@ -48,8 +48,8 @@ def stage_status(
 
     Args:
         link: the stage.
-        job: its SLURM job, None where it has none.
-        queue: state of the jobs that SLURM still knows as waiting or running; None where it cannot
+        job: its job with SLURM or Kubernetes, None where it has none.
+        queue: state of the jobs that those still know as waiting or running; None where it cannot
             be asked.
         workdir: directory that the relative paths of the experiment start from.
     """
@@ -73,17 +73,18 @@ def _state(directory: Path, job: str | None, queue: Mapping[str, str]) -> tuple[
         return ("running", "") if running else ("waiting", f"job {job} is {_in_words(queue[job])}")
     events = read_events(directory)
     if not events:
-        return "waiting", f"job {job} was cancelled" if job else "not started"
+        ended = f"job {job} ended before it said anything: cancelled, or its cluster's log says why"
+        return "waiting", ended if job else "not started"
     last = events[-1]
     if last["event"] in _FAILED:
         return "failed", ""
     if last["event"] in ("stopped", "ended"):
         return "waiting", f"{last['event']} from outside; launch it again to go on"
-    if job is not None:  # the queue has forgotten it, and it said nothing itself
-        return "failed", f"job {job} ended without a word: killed, or its node is gone"
-    was_here = last.get("host") == os.uname().nodename and last.get("job") == "local"
-    if was_here and holder(directory) is None:
+    here = last.get("host") == os.uname().nodename and last.get("job") == "local"
+    if here and holder(directory) is None:
         return "failed", "ended without a word: killed; launch it again to go on"
+    if job is not None and not here:  # the queue has forgotten it, and it said nothing itself
+        return "failed", f"job {job} ended without a word: killed, or its node is gone"
     return "running", ""
 
 

@@ -19,62 +19,103 @@ def is_done(link: Link, workdir: Path) -> bool:
     return (workdir / link.directory / "DONE").exists()
 
 
-def queue(known: Mapping[str, Mapping[str, str]]) -> dict[str, str] | None:
-    """State of the jobs that still wait or run, by id or name; None where nobody can be asked."""
-    both = (slurm.live(known), kubernetes.live(known))
-    return None if None in both else {**(both[0] or {}), **(both[1] or {})}
+def queues(known: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str] | None]:
+    """For each stage that was handed over: the jobs of its cluster that still wait or run, with
+    their states; None where nobody can be asked."""
+    slurms, trainjobs = slurm.live(known), kubernetes.live(known)
+    return {stage: slurms if "job" in entry else trainjobs for stage, entry in known.items()}
 
 
 def job_of(entry: Mapping[str, str]) -> str | None:
-    """The id or name of a stage's job in `queue`."""
+    """The id or name of a stage's job in its queue."""
     return entry.get("job") or entry.get("trainjob")
 
 
-def check_idle(experiment: Experiment, links: Sequence[Link], workdir: Path) -> None:
+def live_stages(experiment: Experiment, links: Sequence[Link], workdir: Path) -> dict[str, str]:
+    """Which stages wait or run, and as what with the remedy, for errors.
+
+    Raises:
+        ConfigError: one that is not done was handed over, and nobody here can tell.
+    """
+    directory = workdir / experiment.directory
+    known = jobs.read(directory)
+    asked = queues(known)
+    found: dict[str, str] = {}
+    for link in _todo(links, workdir):
+        name = link.stage.name
+        job = job_of(known.get(name, {}))
+        if job is not None:
+            found |= _live(name, job, known[name], asked[name], directory)
+        process = here.holder(workdir / link.directory)
+        if process is not None:
+            found[name] = f"runs on this machine already {_how_to_stop(process)}"
+    return found
+
+
+def _live(
+    stage: str,
+    job: str,
+    entry: Mapping[str, str],
+    asked: Mapping[str, str] | None,
+    directory: Path,
+) -> dict[str, str]:
+    if asked is None:
+        program = "squeue" if "job" in entry else "kubectl"
+        raise ConfigError(
+            f"stage {stage!r} was handed over as job {job}, and there is no {program} here to ask "
+            f"whether it runs; launch from where there is, or remove {str(directory / jobs.FILE)!r}"
+        )
+    if job not in asked:
+        return {}
+    cancel = f"scancel {job}"
+    if "trainjob" in entry:
+        cancel = f"kubectl delete trainjob {job} --namespace {entry['namespace']}"
+    return {stage: f"is job {job} already ({asked[job].split()[0]}); cancel it with `{cancel}`"}
+
+
+def _how_to_stop(process: str) -> str:
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        words = b""
+    if b"node.sh" in words:
+        return f"(process {process}); stop it with `kill {process}`, which lets it save"
+    return "(its node.sh has ended, something that it started has not); end that: `fuser` finds it"
+
+
+def check_idle(links: Sequence[Link], live: Mapping[str, str]) -> None:
     """Before files are written: what waits or runs is started from these at each requeue.
 
     Raises:
         ConfigError: a stage that is to be started is in the queue already, or runs here.
     """
-    known = jobs.read(workdir / experiment.directory)
-    live = queue(known) or {}
-    for link in _todo(links, workdir):
-        job = job_of(known.get(link.stage.name, {}))
-        if job in live:
-            cancel = f"kubectl delete trainjob {job}" if job in _names(known) else f"scancel {job}"
-            raise ConfigError(
-                f"stage {link.stage.name!r} is job {job} already ({live[job].split()[0]}); cancel "
-                f"it first with `{cancel}`, or wait"
-            )
-        process = here.holder(workdir / link.directory)
-        if process is not None:
-            raise ConfigError(
-                f"stage {link.stage.name!r} runs on this machine already (process {process}); stop "
-                f"it first with `kill {process}`, which lets it save, or wait"
-            )
-
-
-def _names(known: Mapping[str, Mapping[str, str]]) -> set[str]:
-    return {entry["trainjob"] for entry in known.values() if "trainjob" in entry}
+    for link in links:
+        if link.stage.name in live:
+            raise ConfigError(f"stage {link.stage.name!r} {live[link.stage.name]}, or wait")
 
 
 def check_ready(
-    experiment: Experiment, links: Sequence[Link], target: Target, workdir: Path
+    experiment: Experiment,
+    links: Sequence[Link],
+    live: Mapping[str, str],
+    target: Target,
+    workdir: Path,
 ) -> None:
     """What would only be found once a node is paid for.
 
     Raises:
-        ConfigError: a secret is not set, a stage's parent will not be there, or more nodes are
-            wanted than this one.
+        ConfigError: a secret is not set, a stage's parent will not be there, more nodes are wanted
+            than this one, or a TrainJob of that name is somebody else's.
     """
     todo = _todo(links, workdir)
     if target is Target.TORCHRUN:
         _check_one_node(todo)
     if target is not Target.K8S and todo:
         _check_secrets(experiment)
-    known = jobs.read(workdir / experiment.directory)
-    live = queue(known) or {}
-    coming = {name for name, entry in known.items() if job_of(entry) in live}
+    if target is Target.K8S and todo:
+        kubernetes.check(experiment, todo[0], workdir)
+    # With SLURM a stage waits for one that is queued; nothing else does.
+    coming = set(live) if target is Target.SLURM else set()
     for link in todo:
         index = experiment.stages.index(link.stage)
         parent = experiment.stages[index - 1].name if index else None
@@ -128,7 +169,7 @@ def submit(
     elif target is Target.K8S:
         yield from kubernetes.submit(experiment, todo, workdir)
     else:
-        yield from here.submit(todo, workdir)
+        yield from here.submit(experiment, todo, workdir)
 
 
 def _todo(links: Sequence[Link], workdir: Path) -> list[Link]:

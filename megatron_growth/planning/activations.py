@@ -25,10 +25,11 @@ attention, which recomputes by itself.
 
 from typing import TYPE_CHECKING
 
+from megatron_growth.planning.inventory import BF16
+
 if TYPE_CHECKING:
     from megatron_growth.geometry import Geometry
 
-BF16 = 2
 _ROUTER = 17  # two fp32, a bool and two int32 for each expert
 Modules = frozenset[str]
 

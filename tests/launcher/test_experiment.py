@@ -235,6 +235,11 @@ def test_the_reference_in_docs_is_that_of_the_schema():
         ("a: {b: 1, b: 2}\n", "key 'b' stands in line 1 and again in line 1; keep one"),
         ("a: 1\nb: 010\n", "line 2: YAML reads 010 as 8; write 8, or '010' if a word is meant"),
         ("b: 1:30\n", "line 1: YAML reads 1:30 as 90; write 90"),
+        ("b: 1:30.5\n", "line 1: YAML reads 1:30.5 as 90.5; write 90.5"),
+        (
+            "b: 2026-13-45\n",
+            "month must be in 1..12; put a word that is no date or number in quotes",
+        ),
     ],
 )
 def test_yaml_that_is_not_what_it_looks_like_is_refused(tmp_path, text, says):
@@ -246,8 +251,9 @@ def test_yaml_that_is_not_what_it_looks_like_is_refused(tmp_path, text, says):
 
 def test_an_anchor_may_be_laid_under_a_section(tmp_path):
     path = tmp_path / "file.yaml"
-    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: 0x10\nd: 0\n")
-    assert extended(path, "") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": 16, "d": 0}
+    path.write_text("a: &a {x: 1}\nb: {e: &e {<<: *a, y: 3}}\nc: {<<: *e}\nd: 0x10\n")
+    below = {"x": 1, "y": 3}
+    assert extended(path, "") == {"a": {"x": 1}, "b": {"e": below}, "c": below, "d": 16}
 
 
 def test_a_mistake_is_looked_for_in_the_file_that_says_it(tmp_path):

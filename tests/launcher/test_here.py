@@ -19,9 +19,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def launched(tmp_path):
-    """Launch the first stage with a `python` that runs `$TRAIN`."""
+    """Launch stages with a `python` that runs `$TRAIN`."""
 
-    def start(train, preflight="true"):
+    def start(train, preflight="true", stages=("--stage", "base")):
         python = stub(
             tmp_path,
             "python",
@@ -30,9 +30,20 @@ checkpoints={tmp_path}/runs/small/base/checkpoints
 saves() {{ mkdir -p $checkpoints; echo $1 >$checkpoints/latest_checkpointed_iteration.txt; }}
 case "$*" in *preflight*) {preflight} ;; *) echo "$$" >{tmp_path}/pid; {train} ;; esac""",
         )
-        words = ["launch", write(tmp_path), "--target", "torchrun", "--submit", "--stage", "base"]
+        words = ["launch", write(tmp_path), "--target", "torchrun", "--submit", *stages]
         return subprocess.Popen(
-            [sys.executable, "-m", "megatron_growth", *words, "--set", f"cluster.python={python}"],
+            [
+                sys.executable,
+                "-m",
+                "megatron_growth",
+                *words,
+                "--set",
+                f"cluster.python={python}",
+                "--set",
+                "stages[1].nodes=1",
+                "--set",
+                "stages[1].layout={expert: 2}",
+            ],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
@@ -83,6 +94,17 @@ def test_what_is_stopped_in_its_preflight_is_not_called_failed(launched, tmp_pat
     process.communicate(timeout=30)
     assert process.returncode == 130
     assert events(tmp_path) == ["started", "stopped"]
+
+
+def test_a_stage_that_is_done_when_it_is_stopped_is_the_last_one(launched, tmp_path):
+    process = launched(SAVES.replace("saves 4", "saves 10"), stages=())
+    until(lambda: (tmp_path / "pid").exists())
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "base: done" in out
+    assert "deep: running" not in out
+    assert "stopped before stage 'deep'" in err
 
 
 def test_a_stage_that_fails_ends_the_chain_with_its_exit_code(launched, tmp_path):

@@ -6,11 +6,11 @@ import os
 import pytest
 
 from megatron_growth.errors import ConfigError
-from megatron_growth.launcher import jobs
+from megatron_growth.launcher import jobs, kubernetes
 from megatron_growth.launcher.chain import chain
 from megatron_growth.launcher.experiment import load_experiment
 from megatron_growth.launcher.render import Target
-from megatron_growth.launcher.submit import check_idle, queue, submit
+from megatron_growth.launcher.submit import check_idle, check_ready, live_stages, submit
 from tests.launcher.experiments import write
 from tests.launcher.rendering import lines, rendered, stub
 
@@ -28,17 +28,21 @@ def start(tmp_path, monkeypatch):
         "kubectl",
         """echo "$*" >>"$ASKED"
 [[ $1 != get || -z $CONDITION ]] ||
-  echo '{"status": {"conditions": [{"type": "'$CONDITION'", "status": "True"}]}}'""",
+  echo '{"metadata": {"annotations": {"megatron-growth.io/directory": "'$OF'"}},
+    "status": {"conditions": [{"type": "'$CONDITION'", "status": "True"}]}}'""",
     )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
     monkeypatch.setenv("CONDITION", "")
+    monkeypatch.setenv("OF", str(tmp_path / "runs/small/base"))
 
     def call(condition=""):
         monkeypatch.setenv("CONDITION", condition)
         experiment = load_experiment(write(tmp_path), SETTINGS)
         links = chain(experiment)
-        check_idle(experiment, links, tmp_path)
+        live = live_stages(experiment, links, tmp_path)
+        check_idle(links, live)
+        check_ready(experiment, links, live, Target.K8S, tmp_path)
         rendered(tmp_path, Target.K8S, *SETTINGS)
         said = list(submit(experiment, links, Target.K8S, tmp_path))
         asked = [line.replace(f"{tmp_path}/runs/small/", "") for line in lines(tmp_path / "asked")]
@@ -75,10 +79,16 @@ def test_a_job_that_is_there_still_is_refused_and_shown(start, tmp_path, conditi
     start()
     with pytest.raises(ConfigError, match=r"'base' is job small-base already .*delete trainjob"):
         start(condition)
-    assert queue(jobs.read(tmp_path / "runs/small")) == {"small-base": state}
+    assert kubernetes.live(jobs.read(tmp_path / "runs/small")) == {"small-base": state}
 
 
 def test_without_kubectl_nobody_can_be_asked(start, tmp_path, monkeypatch):
     start()
     monkeypatch.setenv("PATH", "/nowhere")
-    assert queue(jobs.read(tmp_path / "runs/small")) is None
+    assert kubernetes.live(jobs.read(tmp_path / "runs/small")) is None
+
+
+def test_somebody_elses_job_of_that_name_is_left_alone(start, monkeypatch):
+    monkeypatch.setenv("OF", "/elsewhere/runs/small/base")
+    with pytest.raises(ConfigError, match=r"TrainJob 'small-base' of '/elsewhere/runs/small/base'"):
+        start("Failed")

@@ -1,11 +1,16 @@
 """An experiment that is launched again: what may change, and what may not."""
 
+import fcntl
 import json
 
 import pytest
+import yaml
 
 from megatron_growth import cli
-from tests.launcher.experiments import write
+from megatron_growth.launcher.chain import chain
+from megatron_growth.launcher.experiment import load_experiment
+from megatron_growth.launcher.render import growth_file
+from tests.launcher.experiments import CONTENT, write
 
 
 @pytest.fixture
@@ -13,8 +18,9 @@ def launch(tmp_path, monkeypatch, capsys):
     path = write(tmp_path)
     monkeypatch.chdir(tmp_path)
 
-    def call(*settings):
-        words = [word for setting in settings for word in ("--set", setting)]
+    def call(*settings, stage=None, words=()):
+        words = [*words, *(word for setting in settings for word in ("--set", setting))]
+        words += ["--stage", stage] if stage else []
         with pytest.raises(SystemExit) as stop:
             cli.main(["launch", str(path), "--target", "slurm", *words])
         return int(stop.value.code or 0), capsys.readouterr().err
@@ -44,6 +50,7 @@ def begun(launch, tmp_path):
         ("stages[0].global_batch_size=32", "stages[0].global_batch_size is 32, but"),
         ("stages[1].growth.depth.factor=3", "stages[1].growth.depth.factor is 3, but"),
         ("stages[1].growth.seed=5", "stages[1].growth.seed is 5, but"),
+        ("stages[1].continue.data={offset: 3}", "stages[1].continue.data is {'offset': 3}, but"),
         ("stages[0].name=other", "the order of stages is ['other', 'deep', 'wide'], but"),
     ],
 )
@@ -72,6 +79,42 @@ def test_what_made_a_checkpoint_cannot_be_said_otherwise(begun, launch, setting,
 def test_what_lies_ahead_may_change(begun, launch, setting):
     code, err = launch(setting)
     assert code == 0, err
+
+
+def test_a_length_that_counts_a_done_stage_anew_is_refused(launch, tmp_path):
+    budget = "stages[0].budget={tokens: 20480}"
+    assert launch(budget)[0] == 0
+    (tmp_path / "runs/small/base/DONE").touch()
+    code, err = launch(budget, "data.seq_length=256")
+    assert code == 2
+    assert "the last iteration of stages[0] is 5, but" in err
+
+
+def test_a_stage_that_runs_and_has_not_saved_yet_is_held_to_its_words(launch, tmp_path):
+    assert launch()[0] == 0
+    with (tmp_path / "runs/small/base/.lock.0").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, err = launch("model.hidden_size=128", stage="deep")
+        assert code == 2
+        assert "model.hidden_size is 128, but" in err
+        assert launch(stage="deep")[0] == 0
+        assert "runs on this machine already" in launch()[1]
+    assert launch("model.hidden_size=128")[0] == 0, "nothing has begun"
+
+
+def test_the_latest_iteration_of_a_base_is_the_one_that_was_launched_from(tmp_path):
+    content = {**CONTENT, "base": {"load": str(tmp_path / "base")}, "stages": CONTENT["stages"][1:]}
+    path = write(tmp_path, content)
+    tracker = tmp_path / "base/latest_checkpointed_iteration.txt"
+    tracker.parent.mkdir()
+    tracker.write_text("7")
+    (link, *_) = chain(load_experiment(path))
+    assert link.parent.iteration == 7
+    assert yaml.safe_load(growth_file(link))["base"]["iteration"] == 7
+
+
+def test_a_dry_run_says_what_the_launch_would_refuse(begun, launch):
+    assert launch("model.hidden_size=128", words=["--dry-run"])[0] == 2
 
 
 def test_what_an_earlier_launch_said_is_kept(begun, launch):

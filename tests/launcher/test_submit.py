@@ -10,7 +10,7 @@ from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.launcher.chain import chain
 from megatron_growth.launcher.experiment import load_experiment
 from megatron_growth.launcher.render import Target
-from megatron_growth.launcher.submit import check_idle, check_ready, submit
+from megatron_growth.launcher.submit import check_idle, check_ready, live_stages, submit
 from tests.launcher.experiments import write
 from tests.launcher.rendering import lines, rendered, stub
 
@@ -31,9 +31,10 @@ def start(tmp_path, monkeypatch):
     def call(*settings, stage=None):
         experiment = load_experiment(write(tmp_path), settings)
         links = [link for link in chain(experiment) if stage in (None, link.stage.name)]
-        check_idle(experiment, links, tmp_path)
+        live = live_stages(experiment, chain(experiment), tmp_path)
+        check_idle(links, live)
         rendered(tmp_path, Target.SLURM, *settings)
-        check_ready(experiment, links, Target.SLURM, tmp_path)
+        check_ready(experiment, links, live, Target.SLURM, tmp_path)
         list(submit(experiment, links, Target.SLURM, tmp_path))
         asked = [line.replace(f"{tmp_path}/runs/small/", "") for line in lines(tmp_path / "asked")]
         return asked, json.loads((tmp_path / "runs/small/jobs.json").read_text())
@@ -69,7 +70,10 @@ def test_a_done_stage_is_passed_over_and_nothing_waits_for_it(start, tmp_path):
 def test_a_stage_that_is_queued_already_is_refused(start, monkeypatch):
     start()
     monkeypatch.setenv("QUEUE", "101 RUNNING None")
-    with pytest.raises(ConfigError, match=r"stage 'base' is job 101 already .RUNNING.; cancel it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'base' is job 101 already .RUNNING.; .*`scancel 101`, or wait",
+    ):
         start()
 
 
@@ -128,3 +132,32 @@ def test_a_damaged_record_of_jobs_is_said(start, tmp_path):
     (tmp_path / "runs/small/jobs.json").write_text("{")
     with pytest.raises(GrowthError, match=r"jobs.json' is damaged .* remove it"):
         start()
+
+
+def test_a_job_that_is_held_lives(start, monkeypatch):
+    start()
+    monkeypatch.setenv("QUEUE", "101 REQUEUE_HOLD launch_failed_requeued_held")
+    with pytest.raises(ConfigError, match=r"'base' is job 101 already .REQUEUE_HOLD."):
+        start()
+    monkeypatch.setenv("QUEUE", "101 CANCELLED None")
+    assert start()[1]["base"]["job"] != "101"
+
+
+def test_where_nobody_can_be_asked_what_was_handed_over_is_not_launched_again(
+    start, tmp_path, monkeypatch
+):
+    start()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"'base' was handed over as job 101, .* no squeue here"):
+        start()
+    for name in ("base", "deep", "wide"):
+        (tmp_path / f"runs/small/{name}/DONE").touch()
+    start()
+
+
+def test_with_torchrun_a_parent_in_the_queue_is_not_there(start, tmp_path):
+    start(stage="base")
+    experiment = load_experiment(write(tmp_path), ["stages[1].nodes=1"])
+    links = chain(experiment)[1:2]
+    with pytest.raises(ConfigError, match=r"'base', is neither done nor queued"):
+        check_ready(experiment, links, {"base": "is job 101"}, Target.TORCHRUN, tmp_path)

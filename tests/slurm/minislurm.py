@@ -95,7 +95,10 @@ class MiniSlurm:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "SLURM_CONF": str(self.root / "etc/slurm.conf")}
+        # Of an allocation that the tests run in, nothing.
+        own = ("SLURM_", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SINFO_", "SCANCEL_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+        return kept | {"SLURM_CONF": str(self.root / "etc/slurm.conf")}
 
     def run(self, *words: str) -> str:
         """One of SLURM's commands; its output."""
