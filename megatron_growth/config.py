@@ -11,52 +11,26 @@ An unknown key is an error that names the nearest known one. `GrowthConfig` alon
 library takes.
 """
 
-import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Field, ValidationError, model_validator
 
 from megatron_growth.errors import ConfigError
-from megatron_growth.overrides import overridden, shown_path
-from megatron_growth.yaml_text import parse
+from megatron_growth.mistakes import explain
+from megatron_growth.overrides import overridden
+from megatron_growth.sections import Count, Strict
+from megatron_growth.yaml_text import read_yaml
 
+# No model has more layers, no router more experts; a slip of the keyboard has.
+MOST = 10_000
+Many = Annotated[int, Field(ge=1, le=MOST)]
+Factor = Annotated[int, Field(ge=2, le=1000)]
+Iterations = Annotated[int, Field(ge=1, le=10**9)]
 
-class Strict(BaseModel):
-    """A section of a file of ours: frozen, no unknown keys, each field documented below it."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        validate_by_alias=True,
-        validate_by_name=True,
-        allow_inf_nan=False,
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_disguise(cls, value: object, info: ValidationInfo) -> object:
-        """To pydantic true is 1."""
-        assert info.field_name is not None
-        if isinstance(value, bool) and not _takes_bool(
-            cls.model_fields[info.field_name].annotation
-        ):
-            raise PydanticCustomError("bool", "true and false are no value here")
-        return value
+# What an experiment has at its top, and a growth file has not.
+_OF_EXPERIMENTS = {"name", "runs", "model", "data", "cluster", "defaults", "stages"}
 
 
 class DepthConfig(Strict):
@@ -67,20 +41,20 @@ class DepthConfig(Strict):
     method), `stacking` repeats the whole block (the paper's baseline), `map` takes your own
     list."""
 
-    factor: Annotated[int, Field(ge=2)] | None = None
+    factor: Factor | None = None
     """Copies of each layer that is not skipped, the original counted; 2 when neither this nor
     `target_layers` is given."""
 
-    target_layers: Annotated[int, Field(ge=1)] | None = None
+    target_layers: Many | None = None
     """Layers of the grown model, instead of `factor`; copies are spread evenly."""
 
-    map: list[int] | None = None
+    map: Annotated[list[int], Field(max_length=MOST)] | None = None
     """For `method: map`: entry t is the source layer of target layer t, both counted from 0."""
 
-    skip_first: Annotated[int, Field(ge=0)] = 0
+    skip_first: Count = 0
     """First layers left single; the paper's text uses 0, its released launcher 2."""
 
-    skip_last: Annotated[int, Field(ge=0)] = 0
+    skip_last: Count = 0
     """Last layers left single."""
 
     new_layer_init: Literal["copy", "zero_output"] = "copy"
@@ -114,17 +88,17 @@ class NoiseConfig(Strict):
     """Noise on clones: N(0, (alpha * sigma)^2), sigma the standard deviation of the original
     tensor."""
 
-    experts: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    experts: Annotated[float, Field(ge=0)] = 0.01
     """alpha for expert weights; sigma over one projection of one expert. 0.01 is the paper's."""
 
-    router: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    router: Annotated[float, Field(ge=0)] = 0.01
     """alpha for router rows; sigma over the layer's router matrix. 0.01 is the paper's."""
 
 
 class WidthConfig(Strict):
     """Width growth: each expert, and its router row, becomes `factor` clones."""
 
-    factor: Annotated[int, Field(ge=2)] = 2
+    factor: Factor = 2
     """Clones of each expert, the original counted."""
 
     top_k: Literal["scale", "keep"] = "scale"
@@ -195,7 +169,7 @@ class BaseConfig(Strict):
     """Megatron checkpoint directory, the one that holds `latest_checkpointed_iteration.txt`;
     `--load` overrides it."""
 
-    iteration: Annotated[int, Field(ge=0)] | Literal["latest", "release"] = "latest"
+    iteration: Count | Literal["latest", "release"] = "latest"
     """Which iteration of it; `release` is the checkpoint in the directory of that name, which has
     none."""
 
@@ -203,21 +177,21 @@ class BaseConfig(Strict):
 class LearningRateConfig(Strict):
     """A schedule that starts anew at the growth, warm-up first."""
 
-    peak: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    peak: Annotated[float, Field(gt=0)]
     """Learning rate after the warm-up."""
 
-    warmup_iters: Annotated[int, Field(ge=0)] = 0
+    warmup_iters: Count = 0
     """Iterations of linear warm-up from zero, counted from the growth."""
 
     decay_style: Literal["constant", "cosine", "linear", "inverse-square-root"] = "constant"
     """What follows the warm-up; the paper's grown models train at a constant rate until they
     anneal."""
 
-    decay_iters: Annotated[int, Field(ge=1)] | None = None
+    decay_iters: Iterations | None = None
     """Iterations from the growth to the end of the decay; Megatron's `--train-iters` when not
     given."""
 
-    min: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    min: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end of the decay."""
 
     @model_validator(mode="after")
@@ -233,7 +207,7 @@ class LearningRateConfig(Strict):
 class DataOffset(Strict):
     """Where in the data to go on."""
 
-    offset: Annotated[int, Field(ge=0)]
+    offset: Annotated[int, Field(ge=0, lt=2**63)]
     """Samples taken as consumed, counted from the start of the data."""
 
 
@@ -296,16 +270,17 @@ def load_config(path: str | Path | None, settings: Sequence[str] = ()) -> Growth
             f"{path} is an experiment, which `launch` and `plan` take; give the growth.yaml of one "
             "of its stages, which `launch` writes"
         )
+    content = overridden(content, settings)
     try:
-        return GrowthFile.model_validate(overridden(content, settings))
+        return GrowthFile.model_validate(content)
     except ValidationError as error:
         where = "--set" if path is None else path
-        raise ConfigError(f"{where}: {explain(error, GrowthFile)}") from None
+        raise ConfigError(f"{where}: {explain(error, GrowthFile, content)}") from None
 
 
 def is_experiment(content: Mapping[str, Any]) -> bool:
-    """Whether a file's content is an experiment's rather than a growth file's."""
-    return not {"stages", "model", "data", "cluster", "defaults"}.isdisjoint(content)
+    """Whether a file is an experiment, whatever it forgets, rather than a growth file."""
+    return "stages" in content or not (_OF_EXPERIMENTS.isdisjoint(content) or "growth" in content)
 
 
 def read_mapping(path: str | Path, needed: str) -> dict[str, Any]:
@@ -318,122 +293,23 @@ def read_mapping(path: str | Path, needed: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is missing, not YAML, or no mapping.
     """
+    source = f"configuration {str(path)!r}"
     try:
-        content = parse(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
         raise ConfigError(
-            f"configuration {str(path)!r} cannot be read: {error}; give the path of a YAML file"
+            f"{source} cannot be read: it is no text in UTF-8; give the path of a YAML file"
         ) from None
-    except yaml.YAMLError as error:
+    except OSError as error:
         raise ConfigError(
-            f"configuration {str(path)!r} is not YAML: {' '.join(str(error).split())}"
+            f"{source} cannot be read: {error.strerror}; give the path of a YAML file"
         ) from None
+    content = read_yaml(text, source)
     if content is None:
-        raise ConfigError(f"configuration {str(path)!r} is empty; it needs {needed}, see configs/")
+        raise ConfigError(f"{source} is empty; it needs {needed}, see configs/")
     if not isinstance(content, dict):
-        what = "a list" if isinstance(content, list) else repr(content)
+        what = "a list" if isinstance(content, list) else "a value"
         raise ConfigError(
-            f"configuration {str(path)!r} holds {what}, not keys with values; it needs {needed}, "
-            "see configs/"
+            f"{source} holds {what} where fields are meant; it needs {needed}, see configs/"
         )
     return content
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """What pydantic found wrong, as one line: where, what, what the field means, and the nearest
-    known key."""
-    found = first(error)
-    location = location_of(found)
-    where = shown_path(location)
-    if found["type"] == "extra_forbidden":
-        known = list(_fields_at(model, location[:-1]))
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {where!r}; {hint}"
-    message = found["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if found["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    if found["type"] == "missing":
-        return f"{where}: is missing; {_meaning(model, location)}"
-    shown = f"{where}{_shown(found['input'])}"
-    if found["type"] in ("model_type", "dict_type", "model_attributes_type"):
-        return f"{shown}: is no section; {_section_meant(found['input'])}"
-    if found["type"] == "string_pattern_mismatch":
-        message = "is not of the right form"
-    return f"{shown}: {message[0].lower()}{message[1:]}; {_meaning(model, location)}"
-
-
-def first(error: ValidationError) -> ErrorDetails:
-    """The error that is told. Of a union's members, the one that the value came closest to fitting
-    speaks: the deepest."""
-    return max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
-
-
-def location_of(found: ErrorDetails) -> tuple[int | str, ...]:
-    """Where in the file."""
-    return tuple(part for part in found["loc"] if not _is_union_tag(part))
-
-
-def _shown(value: object) -> str:
-    """A value beside its path, as the file has it; a section's content would be too much."""
-    if isinstance(value, dict):
-        return ""
-    plain = value is None or isinstance(value, str | int | float | list)
-    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    return f" {shown}" if plain else f" {value}"
-
-
-def _section_meant(value: object) -> str:
-    if isinstance(value, str) and value.endswith((".yaml", ".yml")):
-        return f"to take that file write {{extends: {value}}}"
-    return "give its fields, as {field: value, ...}"
-
-
-def _takes_bool(annotation: Any) -> bool:
-    """Whether a field's type, or a member of it, is bool or anything at all."""
-    if annotation in (bool, Any, object):
-        return True
-    return any(map(_takes_bool, getattr(annotation, "__args__", ())))
-
-
-def _meaning(model: type[BaseModel], location: tuple[Any, ...]) -> str:
-    """What a field's documentation says, on one line."""
-    while location:
-        *above, name = location
-        field = _fields_at(model, tuple(above)).get(name)
-        if field is not None:
-            return f"{name}: {' '.join((field.description or '').split())}"
-        location = tuple(above)  # an entry of a list or of a free mapping: its field speaks
-    return ""
-
-
-def _is_union_tag(part: object) -> bool:
-    """Pydantic puts the tried member of a union into an error's location: a type's name, a
-    literal's values."""
-    return isinstance(part, str) and (
-        part.startswith(("literal[", "constrained-", "list["))
-        or part in (section.__name__ for section in Strict.__subclasses__())
-        or part in ("bool", "float", "int", "str", "[key]")
-    )
-
-
-def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> dict[str, FieldInfo]:
-    """The fields, by the key they have in YAML, of the section at `location`; none where it is no
-    section."""
-    for part in location:
-        if isinstance(part, int):
-            continue  # a list's sections are found by the list's own key
-        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
-        section = field and _section(field.annotation)
-        if not section:
-            return {}
-        model = section
-    return {field.alias or name: field for name, field in model.model_fields.items()}
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section in a field's type: itself, a union's member, a list's entry."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    members = getattr(annotation, "__args__", ())
-    return next((found for found in map(_section, members) if found), None)

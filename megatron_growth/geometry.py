@@ -10,24 +10,31 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from megatron_growth.config import Strict
+from megatron_growth.config import MOST, Many
+from megatron_growth.sections import Positive, Strict, Written
 
 Value = bool | int | float | str | list[int] | list[float] | list[str]
+Option = Annotated[
+    str, Written(r"(--)?[A-Za-z0-9][-\w.]*", "the name of an option, as in rotary-base")
+]
 
 
-def _each_once(options: dict[str, Value | None]) -> dict[str, Value | None]:
-    """An option may be written with dashes or underscores, but once."""
-    names: dict[str, str] = {}
-    for name in options:
-        plain = name.removeprefix("--").replace("_", "-")
-        if plain in names:
-            raise ValueError(f"{names[plain]!r} and {name!r} are one option; keep one of them")
-        names[plain] = name
-    return options
+def _named(options: dict[str, Value | None]) -> dict[str, Value | None]:
+    """Names with dashes, as Megatron writes them, each once."""
+    table: dict[str, Value | None] = {}
+    said: dict[str, str] = {}
+    for option, value in options.items():
+        name = option.removeprefix("--").replace("_", "-")
+        if name in said:
+            raise ValueError(
+                f"{said[name]!r} and {option!r} are one option of Megatron; keep one (what lies "
+                "over a file or defaults must spell it as they do)"
+            )
+        said[name], table[name] = option, value
+    return table
 
 
-Options = Annotated[dict[str, Value | None], AfterValidator(_each_once)]
-Positive = Annotated[int, Field(ge=1)]
+Options = Annotated[dict[Option, Value | None], AfterValidator(_named)]
 
 # [0]*3+[1]*58, as on Megatron's command line
 _RUN = re.compile(r"\[\s*([01])\s*\]\s*\*\s*(\d+)")
@@ -59,13 +66,16 @@ def _written_out(value: object) -> object:
     runs = [_RUN.fullmatch(part.strip()) for part in value.split("+")]
     if not all(runs):
         raise ValueError(f"{value!r} is no pattern of layers; write it as in '[0]*3+[1]*58'")
+    length = sum(int(run[2]) for run in runs if run)
+    if length > MOST:
+        raise ValueError(f"{value!r} says {length} layers; {MOST} at most")
     return [int(run[1]) for run in runs if run for _ in range(int(run[2]))]
 
 
 class Geometry(Strict):
     """A GPT model with Mixture-of-Experts layers."""
 
-    num_layers: Positive
+    num_layers: Many
     """Transformer layers."""
 
     hidden_size: Positive
@@ -84,7 +94,7 @@ class Geometry(Strict):
     """Width of the dense layers' MLP; Megatron's default of 4 hidden_size is for those without,
     so a model with dense layers must say it."""
 
-    num_experts: Positive
+    num_experts: Many
     """Routed experts of a layer."""
 
     moe_router_topk: Positive
@@ -98,7 +108,8 @@ class Geometry(Strict):
     `squared-relu: true`."""
 
     moe_layer_freq: Annotated[
-        Positive | list[Annotated[int, Field(ge=0, le=1)]], BeforeValidator(_written_out)
+        Positive | list[Annotated[int, Field(ge=0, le=1)]],
+        BeforeValidator(_written_out),
     ] = 1
     """Which layers are MoE: every n-th, or a 1 or 0 for each, also as '[0]*3+[1]*58'."""
 
@@ -157,8 +168,7 @@ class Geometry(Strict):
     @field_validator("megatron")
     @classmethod
     def _counted(cls, options: Options) -> Options:
-        for option, value in options.items():
-            name = option.removeprefix("--").replace("_", "-")
+        for name, value in options.items():
             fine = (None, False, *_NONE_ADDED.get(name, ()))
             if value in fine or name not in (*_NOT_COUNTED, *_NONE_ADDED):
                 continue

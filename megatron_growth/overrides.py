@@ -10,12 +10,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from megatron_growth.errors import ConfigError
-from megatron_growth.yaml_text import parse
-
-Step = str | int
+from megatron_growth.paths import Step, shown_path
+from megatron_growth.yaml_text import read_yaml
 
 # stages[1] -> the key `stages`, the places `[1]`
 _PART = re.compile(r"(?P<key>[^.\[\]=\s]+)(?P<places>(\[-?\d+\])*)")
@@ -34,28 +31,26 @@ def overridden(content: dict[str, Any], settings: Sequence[str]) -> dict[str, An
     return content
 
 
-def overrides(setting: str, location: Sequence[str | int]) -> bool:
-    """Whether a setting changes what stands at a location, or a section around it."""
-    path = _read(setting)[0]
-    return path == list(location[: len(path)])
+def sets(settings: Sequence[str], place: Sequence[Step]) -> bool:
+    """Whether one of the settings says what stands at a place."""
+    paths = [_read(setting)[0] for setting in settings]
+    return any(_same(path, place[: len(path)]) for path in paths)
 
 
-def shown_path(location: Sequence[str | int]) -> str:
-    """`stages[1].growth.width`, of the keys and the places in lists that lead there."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return "".join(parts).removeprefix(".")
+def _same(path: Sequence[Step], place: Sequence[Step]) -> bool:
+    """Places from the end of a list may be any in it."""
+    return len(path) == len(place) and all(
+        a == b or (isinstance(a, int) and a < 0) for a, b in zip(path, place, strict=True)
+    )
 
 
 def _read(setting: str) -> tuple[list[Step], Any]:
     text, equals, value = setting.partition("=")
     if not equals:
         raise ConfigError(f"--set {setting!r} has no `=`; write PATH=VALUE, as in growth.seed=7")
-    try:
-        return _steps(text.strip(), setting), parse(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--set {setting!r}: the value {value!r} is not YAML: {' '.join(str(error).split())}"
-        ) from None
+    return _steps(text.strip(), setting), read_yaml(
+        value, f"--set {setting!r}: the value {value!r}"
+    )
 
 
 def _steps(text: str, setting: str) -> list[Step]:

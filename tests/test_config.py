@@ -16,10 +16,10 @@ from megatron_growth.config import (
     GrowthFile,
     NoiseConfig,
     WidthConfig,
-    explain,
     load_config,
 )
 from megatron_growth.errors import ConfigError
+from megatron_growth.mistakes import explain
 
 PINNED = {
     "depth": {
@@ -149,46 +149,56 @@ MISTAKES = [
     ("growth: {depth: {}}\nbase: {lode: x}", "FILE: unknown key 'base.lode'; did you mean 'load'?", ""),
     ("growth: {depth: {}, zzz: 1}", "FILE: unknown key 'growth.zzz'; known keys: depth, width, optimizer, seed, as_is", ""),
     # sizes
-    ("growth: {depth: {factor: 1}}", "FILE: growth.depth.factor 1: ", "greater than or equal to 2"),
-    ("growth: {depth: {factor: 0}}", "FILE: growth.depth.factor 0: ", "greater than or equal to 2"),
-    ("growth: {width: {factor: 1}}", "FILE: growth.width.factor 1: ", "greater than or equal to 2"),
-    ("growth: {width: {factor: 0}}", "FILE: growth.width.factor 0: ", "greater than or equal to 2"),
-    ("growth: {width: {factor: 1.5}}", "FILE: growth.width.factor 1.5: ", "integer"),
-    ("growth: {depth: {factor: two}}", "FILE: growth.depth.factor 'two': ", "integer"),
-    ("growth: {depth: {target_layers: 0}}", "FILE: growth.depth.target_layers 0: ", "greater than or equal to 1"),
-    ("growth: {depth: {skip_first: -1}}", "FILE: growth.depth.skip_first -1: ", "greater than or equal to 0"),
+    ("growth: {depth: {factor: 1}}", "FILE: growth.depth.factor 1: ", "at least 2"),
+    ("growth: {depth: {factor: 0}}", "FILE: growth.depth.factor 0: ", "at least 2"),
+    ("growth: {width: {factor: 1}}", "FILE: growth.width.factor 1: ", "at least 2"),
+    ("growth: {width: {factor: 0}}", "FILE: growth.width.factor 0: ", "at least 2"),
+    ("growth: {width: {factor: 1.5}}", "FILE: growth.width.factor 1.5: ", "a whole number"),
+    ("growth: {depth: {factor: two}}", "FILE: growth.depth.factor 'two': ", "a whole number"),
+    ("growth: {depth: {target_layers: 0}}", "FILE: growth.depth.target_layers 0: ", "at least 1"),
+    ("growth: {depth: {skip_first: -1}}", "FILE: growth.depth.skip_first -1: ", "at least 0"),
     ("growth: {depth: {factor: 2, target_layers: 8}}", "FILE: growth.depth: factor (2) and target_layers (8) both set the size; give one", ""),
     ("growth: {depth: {method: map}}", "FILE: growth.depth: method 'map' takes its layers from `map` alone, got no map", ""),
     ("growth: {depth: {method: map, map: [0, 0], factor: 2}}", "FILE: growth.depth: method 'map' takes its layers from `map` alone, got factor", ""),
     ("growth: {depth: {method: map, map: [0, 0], skip_last: 2}}", "FILE: growth.depth: method 'map' takes its layers from `map` alone, got skip_last", ""),
     ("growth: {depth: {map: [0, 0]}}", "FILE: growth.depth: `map` goes with method 'map', not 'interposition'; set method or drop `map`", ""),
-    ("growth: {depth: {method: map, map: [0, x]}}", "FILE: growth.depth.map[1] 'x': ", "integer"),
+    ("growth: {depth: {method: map, map: [0, x]}}", "FILE: growth.depth.map[1] 'x': ", "a whole number"),
     # choices and ranges
     ("growth: {depth: {method: interpose}}", "FILE: growth.depth.method 'interpose': ", "'interposition', 'stacking' or 'map'"),
     ("growth: {width: {order: random}}", "FILE: growth.width.order 'random': ", "'auto', 'interleave' or 'append'"),
     ("growth: {width: {clones: parked}}", "FILE: growth.width: clones 'parked' take no tokens, but top_k 'scale' sends each token to 2 times as many experts; set `top_k: keep` or `clones: active`", ""),
     ("growth: {width: {clones: asleep}}", "FILE: growth.width.clones 'asleep': ", "'active' or 'parked'"),
     ("growth: {depth: {}, optimizer: keep}", "FILE: growth.optimizer 'keep': ", "'rescale', 'copy' or 'reset'"),
-    ("growth: {width: {noise: {experts: -0.1}}}", "FILE: growth.width.noise.experts -0.1: ", "greater than or equal to 0"),
+    ("growth: {width: {noise: {experts: -0.1}}}", "FILE: growth.width.noise.experts -0.1: ", "at least 0"),
     ("growth: {width: {noise: {router: .inf}}}", "FILE: growth.width.noise.router inf: ", "finite"),
     ("growth: {width: {noise: {router: .nan}}}", "FILE: growth.width.noise.router nan: ", ""),
-    ("growth: {depth: {}, seed: -1}", "FILE: growth.seed -1: ", "greater than or equal to 0"),
-    ("growth: {depth: {}, seed: 9223372036854775808}", "FILE: growth.seed 9223372036854775808: ", "less than"),
-    ("growth: {depth: {}}\nbase: {iteration: last}", "FILE: base.iteration 'last': ", ""),
+    ("growth: {depth: {}, seed: -1}", "FILE: growth.seed -1: ", "at least 0"),
+    ("growth: {depth: {}, seed: 9223372036854775808}", "FILE: growth.seed 9223372036854775808: ", "below 9223372036854775808"),
+    ("growth: {depth: {}}\nbase: {iteration: last}", "FILE: base.iteration 'last': must be a whole number or 'latest' or 'release'; iteration: ", ""),
     ("growth: {depth: {}}\nbase: {iteration: -3}", "FILE: base.iteration -3: ", ""),
     # nothing, or something else
     ("growth: {}", "FILE: growth: neither `depth` nor `width` is given, so nothing would grow; give one of them", ""),
     ("growth: {as_is: true, depth: {}}", "FILE: growth: as_is grows nothing, and depth would; drop one", ""),
     ("growth: {depth: null}", "FILE: growth: neither `depth` nor `width` is given", ""),
-    ("base: {load: x}", "FILE: growth: ", "is missing"),
-    ("growth: {depth: 3}", "FILE: growth.depth 3: ", ""),
+    ("base: {load: x}", "FILE: growth is missing; give it (How it is grown)", ""),
+    ("growth: {depth: 3}", "FILE: growth.depth 3: must be a section with keys such as method, factor", ""),
+    ("growth:", "FILE: growth is empty; give a section with keys such as depth, width", "(How it is grown)"),
+    ("growth: {depth: {factor: true}}", "FILE: growth.depth.factor: true is no number; write one", ""),
+    ("growth: {depth: {method: map, map: [0, true]}}", "FILE: growth.depth.map: [1] true is no number; write one", ""),
+    ("growth: {depth: {factor: 1000000}}", "FILE: growth.depth.factor 1000000: must be at most 1000", ""),
+    ("growth: {depth: {}}\nbase: {load: ''}", "FILE: base.load: is an empty text; say something, or leave it out", ""),
+    ("growth: {depth: {}}\nbase: {load: 3}", "FILE: base.load 3: must be a path; load: ", ""),
+    ("growth: {depth: {}}\ncontinue: {learning_rate: fast}", "FILE: continue.learning_rate 'fast': must be 'keep' or a section with keys such as peak", ""),
+    ("growth: {depth: {}}\ncontinue: {learning_rate: {min: 1}}", "FILE: continue.learning_rate.peak is missing; give it (Learning rate after the warm-up)", ""),
+    ("growth: {depth: {}}\ncontinue: {data: {offset: -1}}", "FILE: continue.data.offset -1: must be at least 0", ""),
+    ("name: a\nmodel: {}", "FILE is an experiment, which `launch` and `plan` take; give the growth.yaml of one", ""),
     ("growth: yes please", "FILE: growth 'yes please': ", ""),
-    ("growth: {1: 2}", "FILE: ", "growth"),
+    ("growth: {1: 2}", "configuration 'FILE': growth (line 1) has the key 1, which YAML does not take for text", ""),
     ("", "configuration 'FILE' is empty; it needs a `growth:` section", ""),
-    ("- growth", "configuration 'FILE' holds a list, not keys with values; it needs a `growth:` section", ""),
+    ("- growth", "configuration 'FILE' holds a list where fields are meant; it needs a `growth:` section", ""),
     ("growth: {depth: {}", "configuration 'FILE' is not YAML: ", "line 1"),
     ("growth:\n\tdepth: {}", "configuration 'FILE' is not YAML: ", "line 2"),
-    ("growth: {depth: {method: !!python/name:os.system }}", "configuration 'FILE' is not YAML: ", ""),
+    ("growth: {depth: {method: !!python/name:os.system }}", "configuration 'FILE': growth.depth.method (line 1) has the tag !!python/name:os.system; leave it out", ""),
 ]  # fmt: skip
 
 
@@ -216,8 +226,8 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_growth_given_in_code_is_explained_the_same_way() -> None:
+    content = {"depth": {"faktor": 2}}
     with pytest.raises(ValidationError) as refusal:
-        GrowthConfig.model_validate({"depth": {"faktor": 2}})
-    assert (
-        explain(refusal.value, GrowthConfig) == "unknown key 'depth.faktor'; did you mean 'factor'?"
-    )
+        GrowthConfig.model_validate(content)
+    said = explain(refusal.value, GrowthConfig, content)
+    assert said == "unknown key 'depth.faktor'; did you mean 'factor'?"

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
             sys.exit(2)
-        _fail(f"{error.format_message()} (--help says more)")
+        message = error.format_message().replace("Value error, ", "")
+        _fail(f"{message} (--help says more)")
     except GrowthError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

@@ -17,12 +17,8 @@ from megatron_growth.launcher.base import check_base
 from megatron_growth.launcher.budget import budget
 from megatron_growth.launcher.budget_tables import print_budget
 from megatron_growth.launcher.chain import Link, chain
-from megatron_growth.launcher.experiment import (
-    Experiment,
-    extended,
-    load_experiment,
-    stage_named,
-)
+from megatron_growth.launcher.experiment import Experiment, load_experiment, stage_named
+from megatron_growth.launcher.extends import extended
 from megatron_growth.launcher.files import write_files
 from megatron_growth.launcher.json_schema import Kind, json_schema
 from megatron_growth.launcher.launched import RESOLVED, check_unchanged

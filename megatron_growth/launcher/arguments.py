@@ -37,6 +37,14 @@ _SHAPE = (
     "qk_layernorm", "mtp_num_layers", "vocab_size", "untie_embeddings_and_output_weights",
 )  # fmt: skip
 
+# Options that fields say in some experiments and leave out in others.
+_SCHEDULE = ("lr", "min-lr", "lr-decay-style", "lr-warmup-iters", "lr-decay-iters")
+_CONDITIONAL: Table = dict.fromkeys((
+    "group-query-attention", "num-query-groups", "multi-latent-attention", "moe-layer-freq",
+    *(name.replace("_", "-") for name in _LATENT), "mock-data", "data-cache-path", "data-path",
+    "train-data-path", "valid-data-path", "split", "load", "growth-config",
+))  # fmt: skip
+
 
 def model_arguments(experiment: Experiment) -> list[str]:
     """What makes the model that the experiment begins with."""
@@ -56,20 +64,30 @@ def stage_arguments(
     Raises:
         ConfigError: an option is given twice, or nothing is left of the walltime.
     """
-    model = _of_base(experiment, link) if link.growth else _model_table(experiment)
     stage = _stage_table(experiment, link, walltime)
-    without_clash(stage, experiment.model.megatron, "model.megatron")
-    own = model | stage
+    own = _CONDITIONAL | _fields(experiment) | stage
+    without_clash(dict.fromkeys(_SCHEDULE) | own, experiment.model.megatron, "model.megatron")
+    model = _of_base(experiment, link) if link.growth else _model_table(experiment)
+    own |= model | _rates(link)
     free = without_clash(own, link.stage.megatron, f"{link.path}.megatron")
     # Evaluated with every checkpoint unless said otherwise; upstream divides by it in any case.
-    return words({"eval-interval": link.stage.save_interval} | own | free)
+    return words({"eval-interval": link.stage.save_interval} | model | stage | free)
 
 
 def _model_table(experiment: Experiment) -> Table:
+    return _GIVEN | _fields(experiment) | experiment.model.megatron
+
+
+def _fields(experiment: Experiment) -> Table:
+    """What the fields of `model` and `data` make the model."""
     model, data = experiment.model, experiment.data
-    own = _shape(model) | _tokenizer(data) | {"max-position-embeddings": data.seq_length}
-    free = without_clash(own, model.megatron, "model.megatron")
-    return _GIVEN | own | free
+    return _shape(model) | _tokenizer(data) | {"max-position-embeddings": data.seq_length}
+
+
+def _rates(link: Link) -> Table:
+    """A schedule in `continue`, which no option may say differently."""
+    rate = link.stage.continue_.learning_rate
+    return {} if rate == "keep" else _schedule(rate)
 
 
 def _of_base(experiment: Experiment, link: Link) -> Table:

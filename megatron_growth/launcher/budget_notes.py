@@ -9,7 +9,6 @@ from typing import Literal
 
 from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.experiment import Experiment
-from megatron_growth.launcher.options import named
 from megatron_growth.launcher.sharding import LAYOUT, layout_problem, unknown
 from megatron_growth.planning.memory import BUFFERS, Memory
 
@@ -102,7 +101,7 @@ def _divide(link: Link, processes: int) -> Iterator[tuple[str, str]]:
 
 def _divide_layers(link: Link) -> Iterator[tuple[str, str]]:
     layout, layers = link.stage.layout, link.model.num_layers
-    options = named(link.stage.megatron)
+    options = link.stage.megatron
     if LAYOUT in options:
         wrong = layout_problem(link)
         if wrong:

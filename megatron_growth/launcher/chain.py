@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_growth.checkpoint.directory import TRACKER
-from megatron_growth.config import BaseConfig, GrowthConfig, LearningRateConfig
+from megatron_growth.config import MOST, BaseConfig, GrowthConfig, LearningRateConfig
 from megatron_growth.errors import ConfigError, GrowthError
 from megatron_growth.geometry import Geometry
 from megatron_growth.launcher.experiment import Experiment
@@ -131,6 +131,9 @@ def grown(model: Geometry, growth: GrowthConfig, path: str) -> Geometry:
         pattern = grown_pattern("moe_layer_freq", model.moe_layer_freq, plan.layers)
     except GrowthError as error:
         raise ConfigError(f"{path}: {error}") from None
+    for name, number in (("layers", plan.target.num_layers), ("experts", plan.target.num_experts)):
+        if number is not None and number > MOST:
+            raise ConfigError(f"{path}: makes {number} {name}, and {MOST} is the most; lower it")
     changes = {
         "num_layers": plan.target.num_layers,
         "num_experts": plan.target.num_experts,

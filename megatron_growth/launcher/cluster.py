@@ -7,31 +7,44 @@ environment: {NCCL_IB_HCA: mlx5, NCCL_SOCKET_IFNAME: eth0}
 slurm: {account: llm, partition: batch, minutes: 240}
 """
 
-import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, model_validator
 
-from megatron_growth.config import Strict
-from megatron_growth.geometry import Positive
+from megatron_growth.sections import Count, Positive, Strict, Written
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-
-
+Variable = Annotated[
+    str, Written("[A-Za-z_][A-Za-z0-9_]*", "the name of a variable, as in NCCL_IB_HCA")
+]
 # What stands in an #SBATCH line as it is.
-Word = Annotated[str, Field(pattern=r"^[^\s\"'\\#]+$")]
-Line = Annotated[str, Field(pattern=r"^--?[^\n]+$")]
-
-
-def _as_text(value: object) -> object:
-    """Not what YAML made of a word that was to be text: true of on, a date of 2026-01-01."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if number or isinstance(value, str):
-        return value
-    raise ValueError(f"{value} is no text to YAML; put it in quotes")
-
-
-Text = Annotated[str | int | float, BeforeValidator(_as_text)]
+Word = Annotated[
+    str, Written(r"[^\s\"'\\#]+", "one word without quotes, blanks, \\ or #, as in batch")
+]
+Line = Annotated[str, Written(r"--?[^\n]+", "an option of sbatch on one line, as in --qos=high")]
+# One of Pyxis' mounts, or several: /data:/lustre/data:ro,/scratch
+_PAIR = r"[^:,\n]+(:/[^:,\n]*(:[^:,\n]+)?)?"
+Mount = Annotated[
+    str, Written(f"{_PAIR}(,{_PAIR})*", "outside:inside, as in /lustre:/lustre or /data:/data:ro")
+]
+Absolute = Annotated[str, Written(r"/[^:\n]*", "a path from the root, as in /lustre")]
+# Kubernetes' labels and names.
+Label = Annotated[
+    str,
+    Written(
+        "[a-z0-9]([-a-z0-9]*[a-z0-9])?",
+        "lower-case letters and digits, with dashes between them, as in team-a",
+        longest=63,
+    ),
+]
+Object = Annotated[
+    str,
+    Written(
+        "[a-z0-9]([-.a-z0-9]*[a-z0-9])?",
+        "lower-case letters and digits, with dashes and dots between them, as in torch-distributed",
+        longest=253,
+    ),
+]
+_SHM = "shm"  # a volume of every pod of ours
 
 
 class Container(Strict):
@@ -41,7 +54,7 @@ class Container(Strict):
     """A registry's name, or for Pyxis also the path of a squashfs file. Pyxis wants a `#` after the
     registry: `registry.example.com#team/image:1.0`."""
 
-    mounts: list[str] | None = []
+    mounts: list[Mount] | None = []
     """`outside:inside` pairs for Pyxis, with flags as in `/data:/data:ro`. The directory launched
     from and `runs` must be in one, at the same path on both sides; data, base and a local tokenizer
     in any. null where the site mounts its storage in every container: then nothing is checked."""
@@ -54,14 +67,14 @@ class Slurm(Strict):
     """`per_process` starts one task for each GPU, and SLURM alone ends them; `torchrun` starts one
     agent on each node."""
 
-    minutes: Annotated[int, Field(ge=2)] = 240
+    minutes: Annotated[int, Field(ge=2, lt=2**31)] = 240
     """Walltime. A stage that is not done by then saves, and is queued again."""
 
     account: Word | None = None
-    """`--account`: one word, without quotes, `\\` or `#`."""
+    """`--account`."""
 
     partition: Word | None = None
-    """`--partition`, likewise."""
+    """`--partition`."""
 
     gpus: bool = True
     """Ask for GPUs, by `--gpus-per-node`; false where the cluster has no such resource."""
@@ -71,10 +84,9 @@ class Slurm(Strict):
     a rank and its data loaders would share the one CPU of their task."""
 
     options: list[Line] = []
-    """Further options of sbatch, `--qos=high`, each a line of the script, and of the alert's;
-    it begins with a dash."""
+    """Further options of sbatch, `--qos=high`, each a line of the script, and of the alert's."""
 
-    requeues: Annotated[int, Field(ge=0)] = 100
+    requeues: Count = 100
     """How often a stage may be queued again; it is only when it got further since."""
 
     alert: str | None = None
@@ -85,23 +97,23 @@ class Slurm(Strict):
 class Claim(Strict):
     """A persistent volume."""
 
-    name: str
+    name: Label
     """The PersistentVolumeClaim."""
 
-    path: str
+    path: Absolute
     """Where pods mount it."""
 
 
 class Kubernetes(Strict):
     """How Kubernetes is asked: a TrainJob of Kubeflow Trainer v2."""
 
-    namespace: str = "default"
+    namespace: Label = "default"
     """Where the job lives."""
 
-    runtime: str = "torch-distributed"
+    runtime: Object = "torch-distributed"
     """ClusterTrainingRuntime that the job refers to."""
 
-    queue: str | None = None
+    queue: Object | None = None
     """Kueue's LocalQueue, for gang scheduling; none by default."""
 
     claims: list[Claim] = []
@@ -111,8 +123,19 @@ class Kubernetes(Strict):
     resources: dict[str, int | str] = {}
     """What a node's pod asks for beside its GPUs: `rdma/ib: 8`, `memory: 1Ti`."""
 
-    secret: str | None = None
+    secret: Object | None = None
     """The Secret that holds `secrets`, a key for each."""
+
+    @model_validator(mode="after")
+    def _claims_apart(self) -> "Kubernetes":
+        for what in ("name", "path"):
+            said = [getattr(claim, what) for claim in self.claims]
+            twice = next((one for one in said if said.count(one) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two of the claims have the {what} {twice!r}; drop one")
+        if _SHM in [claim.name for claim in self.claims]:
+            raise ValueError(f"a claim is named {_SHM!r}, as every pod's shared memory; rename it")
+        return self
 
 
 class Cluster(Strict):
@@ -124,7 +147,7 @@ class Cluster(Strict):
     processes_per_node: Positive = 8
     """One for each GPU."""
 
-    memory_gb: Annotated[float, Field(gt=0)] = 80
+    memory_gb: Annotated[float, Field(gt=0, le=1e6)] = 80
     """Memory of a device, in 10^9 bytes; `plan` compares with it."""
 
     python: str | None = None
@@ -134,18 +157,18 @@ class Cluster(Strict):
     container: Container | None = None
     """None runs on the nodes themselves."""
 
-    environment: dict[Name, Text] = {}
-    """Set for every process: fabric settings above all (NCCL_IB_HCA, NCCL_SOCKET_IFNAME). They win
-    over what the launcher derives. Names are of letters, digits and underscores."""
+    environment: dict[Variable, str | int] = {}
+    """Set for every process: fabric settings above all (NCCL_IB_HCA, NCCL_SOCKET_IFNAME). Text or
+    whole numbers, exported as written. They win over what the launcher derives."""
 
-    secrets: list[Name] = []
+    secrets: list[Variable] = []
     """Environment variables that the processes need and no file may hold (WANDB_API_KEY). By name:
     their values are those of the shell that submits."""
 
     save_seconds: Positive = 300
     """Time that saving a checkpoint may take. Walltime, signals and kills leave room for it."""
 
-    start_minutes: Annotated[int, Field(ge=0)] = 5
+    start_minutes: Count = 5
     """Time from the start of a job to its first step: containers, preflight, loading. Training ends
     by itself this much, and `save_seconds`, before the walltime."""
 

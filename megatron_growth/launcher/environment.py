@@ -13,7 +13,6 @@ from megatron_growth.geometry import Value
 from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.cluster import Cluster
 from megatron_growth.launcher.experiment import Experiment
-from megatron_growth.launcher.options import named
 
 _H100 = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # fragmentation
@@ -35,7 +34,7 @@ def _derived(link: Link, cluster: Cluster) -> dict[str, str]:
     if cluster.device == "cpu":
         # One thread for each rank, and no GPU that a machine may happen to have.
         return {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = named(link.stage.megatron)
+    options = link.stage.megatron
     return {
         "OMP_NUM_THREADS": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": _connections(link, options),
@@ -65,7 +64,7 @@ def modules(experiment: Experiment, link: Link) -> list[str]:
     `deep_ep:Buffer` is a name in a module."""
     if experiment.cluster.device == "cpu":
         return []
-    options = named(link.stage.megatron)
+    options = link.stage.megatron
     needed = []
     if options.get("transformer-impl", "transformer_engine") == "transformer_engine":
         needed.append("transformer_engine.pytorch")
@@ -79,7 +78,7 @@ def _dispatcher(experiment: Experiment, link: Link) -> Value | None:
     """A stage that does not name its own has that of its base."""
     until = experiment.stages.index(link.stage) + 1
     tables = [experiment.model.megatron, *(stage.megatron for stage in experiment.stages[:until])]
-    said = [named(table).get("moe-token-dispatcher-type") for table in tables]
+    said = [table.get("moe-token-dispatcher-type") for table in tables]
     return next((one for one in reversed(said) if one), None)
 
 

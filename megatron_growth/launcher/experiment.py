@@ -18,26 +18,22 @@ are the very sections, and the base is the stage before. Launching a stage write
 for `plan`, `verify` and `pretrain` to take.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_growth.config import (
-    BaseConfig,
-    ContinueConfig,
-    Strict,
-    explain,
-    first,
-    location_of,
-    read_mapping,
-)
+from megatron_growth.config import BaseConfig, ContinueConfig, is_experiment
 from megatron_growth.errors import ConfigError
 from megatron_growth.geometry import Geometry
 from megatron_growth.launcher.cluster import Cluster
+from megatron_growth.launcher.extends import extended, merged, origin
 from megatron_growth.launcher.stage import Data, Name, Stage
-from megatron_growth.overrides import overridden, overrides
+from megatron_growth.mistakes import explain, place
+from megatron_growth.overrides import overridden, sets
+from megatron_growth.paths import Step
+from megatron_growth.sections import Strict
 
 
 class Experiment(Strict):
@@ -69,14 +65,18 @@ class Experiment(Strict):
     @model_validator(mode="after")
     def _in_order(self) -> "Experiment":
         names = [stage.name for stage in self.stages]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two of the stages {names} have one name; name them apart")
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(
+                    f"stages[{index}].name {name!r}: stages[{names.index(name)}] has it too; name "
+                    "them apart"
+                )
         if self.base is not None and self.base.load is None:
-            raise ValueError("`base` names no checkpoint; set base.load")
+            raise ValueError("base: names no checkpoint; set base.load")
         if self.base is None and self.stages[0].growth is not None:
             raise ValueError(
-                f"the first stage ({names[0]!r}) grows, and there is no base; give `base: {{load: "
-                "DIR}` or put a stage before it that trains one"
+                f"stages[0].growth: the first stage ({names[0]!r}) grows, and there is no base; "
+                "give `base: {load: DIR}` or put a stage before it that trains one"
             )
         return self
 
@@ -99,40 +99,33 @@ def load_experiment(
         ConfigError: the file, one that it extends, or a setting is at fault.
     """
     content = extended(Path(path), "`model`, `data`, `cluster` and `stages`")
+    if not is_experiment(content):
+        raise ConfigError(
+            f"{path} is no experiment, which has `model`, `data`, `cluster` and `stages`; give "
+            "one, as in configs/experiments/"
+        )
     if cluster is not None:
         content["cluster"] = extended(cluster, "a cluster profile")
     content = _with_defaults(overridden(content, settings), path)
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
-        location = location_of(first(error))
-        said = path
-        if not any(overrides(setting, location) for setting in settings):
-            said = _origin(Path(path), location, cluster)
-        elsewhere = "" if said == Path(path) else f" (in {said})"
-        raise ConfigError(f"{path}: {explain(error, Experiment)}{elsewhere}") from None
+        at = place(error, content)
+        file = Path(path) if sets(settings, at) else _origin(Path(path), cluster, at)
+        by = "" if file in (Path(path), cluster) else f", extended by {path}"
+        message = explain(error, Experiment, content, extends=True)
+        raise ConfigError(f"{file}{by}: {message}") from None
     for index, stage in enumerate(experiment.stages):
         _check_rate(stage, f"{path}: stages[{index}]", index == 0 and experiment.base is None)
     return experiment
 
 
-def _origin(path: Path, location: Sequence[int | str], cluster: Path | None = None) -> Path:
-    """The file that says what stands at `location` of the experiment in `path`."""
-    if cluster is not None and location[:1] == ("cluster",):
-        return _origin(cluster, location[1:])
-    content: Any = read_mapping(path, "")
-    for done, part in enumerate(location):
-        if isinstance(content, dict) and part not in content and "extends" in content:
-            return _origin(path.parent / content["extends"], location[done:])
-        try:
-            content = content[part]
-        except (KeyError, IndexError, TypeError):  # a list's key, a key that is missing
-            break
-    else:
-        return path
-    if location[0] == "stages" and len(location) > 2:  # laid under it
-        return _origin(path, ("defaults", *location[2:]))
-    return path
+def _origin(path: Path, cluster: Path | None, at: tuple[Step, ...]) -> Path:
+    """The file that says what stands there; the experiment where none does."""
+    if cluster is not None and at[:1] == ("cluster",):
+        return origin(cluster, at[1:]) or cluster
+    default = ("defaults", *at[2:]) if at[:1] == ("stages",) else at
+    return origin(path, at) or origin(path, default) or path
 
 
 def _check_rate(stage: Stage, path: str, from_scratch: bool) -> None:
@@ -153,55 +146,14 @@ def _check_rate(stage: Stage, path: str, from_scratch: bool) -> None:
         )
 
 
-def extended(path: Path, needed: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The content of a file with every `extends` in it replaced by what it names.
-
-    Args:
-        path: the file; names in it are relative to its directory.
-        needed: what an empty file lacks, for the error.
-        above: the files that extend this one.
-    """
-    if path.resolve() in (file.resolve() for file in above):
-        chain = " -> ".join(map(str, (*above, path)))
-        raise ConfigError(f"{path}: `extends` goes round in a circle ({chain}); take one out")
-    content = _resolved(read_mapping(path, needed), path, (*above, path))
-    assert isinstance(content, dict)
-    return content
-
-
-def _resolved(value: Any, path: Path, above: tuple[Path, ...]) -> Any:
-    if isinstance(value, list):
-        return [_resolved(entry, path, above) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    own = {key: _resolved(entry, path, above) for key, entry in value.items() if key != "extends"}
-    if "extends" not in value:
-        return own
-    if not isinstance(value["extends"], str):
-        raise ConfigError(
-            f"{path}: extends {value['extends']!r} is no file; give the path of one, relative to "
-            f"{str(path.parent)!r}"
-        )
-    return merged(extended(path.parent / value["extends"], "a section", above), own)
-
-
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`: sections are merged, everything else is replaced."""
-    result = dict(below)
-    for key, value in above.items():
-        under = result.get(key)
-        if isinstance(under, dict) and isinstance(value, dict):
-            result[key] = merged(under, value)
-        else:
-            result[key] = value
-    return result
-
-
 def _with_defaults(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     defaults = content.pop("defaults", None) or {}
     stages = content.get("stages")
     if not isinstance(defaults, dict):
-        raise ConfigError(f"{path}: defaults {defaults!r}: a section of a stage's fields is meant")
+        raise ConfigError(
+            f"{path}: defaults {defaults!r}: must be a section of a stage's fields, which every "
+            "stage has unless it says otherwise; write it as in `defaults: {nodes: 2}`"
+        )
     if isinstance(stages, list):
         content["stages"] = [
             merged(defaults, stage) if isinstance(stage, dict) else stage for stage in stages

@@ -26,12 +26,14 @@ class _Used:
         path: it, absolute.
         what: said after the path in errors.
         outside: it is used outside as well.
+        written: training writes there.
     """
 
     where: str
     path: Path
     what: str = ""
     outside: bool = False
+    written: bool = False
 
     @property
     def remedy(self) -> str:
@@ -50,20 +52,26 @@ def check_mounts(experiment: Experiment, workdir: Path) -> None:
     mounts = [_sides(pair, workdir) for entry in container.mounts for pair in entry.split(",")]
     for used in _used(experiment, workdir, "cluster.container.mounts"):
         path = str(used.path)
-        covering = [sides for sides in mounts if used.path.is_relative_to(sides[1])]
+        covering = [mount for mount in mounts if used.path.is_relative_to(mount[1])]
         if not covering:
             raise ConfigError(
                 f"{used.where}: the container would not have {path!r}{used.what}, which is in none "
                 f"of the mounts {container.mounts}; add {f'{path}:{path}'!r} to "
                 f"cluster.container.mounts, or a directory above it, or {used.remedy}"
             )
-        outside, inside = covering[-1]  # enroot mounts in this order, one over the other
+        outside, inside, flags = covering[-1]  # enroot mounts in this order, one over the other
         if used.outside and outside != inside:
             raise ConfigError(
                 f"{used.where}: {path!r}{used.what} would be another directory in the container, "
                 f"where {str(inside)!r} is {str(outside)!r}, and the scripts use one path on both "
                 f"sides; put {f'{path}:{path}'!r} at the end of cluster.container.mounts, or "
                 f"{used.remedy} at the same path"
+            )
+        if used.written and "ro" in flags:
+            raise ConfigError(
+                f"{used.where}: {path!r} would be read-only in the container, by the mount of "
+                f"{str(inside)!r}, and training writes there; take `ro` from it in "
+                f"cluster.container.mounts, or {used.remedy} and can be written"
             )
 
 
@@ -93,7 +101,9 @@ def check_claims(experiment: Experiment, workdir: Path) -> None:
 def _used(experiment: Experiment, workdir: Path, covers: str) -> Iterator[_Used]:
     data, base = experiment.data, experiment.base
     yield _Used(covers, _absolute(workdir, workdir), ", the directory launched from", True)
-    yield _Used("runs", _absolute(experiment.runs, workdir), outside=True)
+    yield _Used("runs", _absolute(experiment.runs, workdir), outside=True, written=True)
+    if data.cache is not None:
+        yield _Used("data.cache", _absolute(data.cache, workdir), written=True)
     if base is not None and base.load is not None:
         yield _Used("base.load", _absolute(base.load, workdir))
     for field, parts in (("train", data.train), ("valid", data.valid)):
@@ -105,10 +115,12 @@ def _used(experiment: Experiment, workdir: Path, covers: str) -> Iterator[_Used]
         yield _Used("data.tokenizer_model", _absolute(data.tokenizer_model, workdir))
 
 
-def _sides(mount: str, workdir: Path) -> tuple[Path, Path]:
-    """`/data:/lustre/data:ro` outside and inside; a path alone is both."""
+def _sides(mount: str, workdir: Path) -> tuple[Path, Path, list[str]]:
+    """`/data:/lustre/data:ro+x-create=dir`: outside, inside and flags; a path alone is both."""
     outside, *rest = mount.split(":")
-    return _absolute(outside, workdir), _absolute(rest[0] if rest else outside, workdir)
+    flags = rest[1].split("+") if len(rest) > 1 else []
+    inside = rest[0] if rest else outside
+    return _absolute(outside, workdir), _absolute(inside, workdir), flags
 
 
 def _absolute(path: str | Path, workdir: Path) -> Path:

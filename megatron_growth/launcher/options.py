@@ -15,27 +15,22 @@ from megatron_growth.geometry import Value
 Table = dict[str, Value | None]
 
 
-def named(options: Mapping[str, Value | None]) -> Table:
-    """The table with dashes in its names, as Megatron writes them."""
-    return {name.removeprefix("--").replace("_", "-"): value for name, value in options.items()}
-
-
 def without_clash(own: Table, free: Mapping[str, Value | None], path: str) -> Table:
     """The user's free options, refused where a field of the experiment says the same.
 
     Args:
-        own: what the fields say.
+        own: what the fields say; None where they leave an option out.
         free: what a `megatron` section says.
         path: that section's, for errors.
     """
-    options = named(free)
-    clash = next((name for name in options if name in own), None)
-    if clash is not None:
-        raise ConfigError(
-            f"{path}.{clash} {options[clash]!r}: --{clash} follows from a field of the experiment "
-            f"(it is {own[clash]!r}); change that field, and drop it here"
-        )
-    return options
+    for name in free:
+        if name in own:
+            says = "left out" if own[name] is None else repr(own[name])
+            raise ConfigError(
+                f"{path}.{name} {free[name]!r}: --{name} follows from what else the experiment "
+                f"says ({says}); change that, and drop it here"
+            )
+    return dict(free)
 
 
 def words(table: Table) -> list[str]:

@@ -95,7 +95,9 @@ def growth_file(link: Link) -> str:
     """The growth file of a stage that has a base."""
     assert link.growth is not None
     assert link.parent is not None
-    config = GrowthFile(base=link.parent, growth=link.growth, continue_=_continue(link))
+    config = GrowthFile.model_validate(
+        {"base": link.parent, "growth": link.growth, "continue": _continue(link)}
+    )
     content = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     head = f"# How stage {link.stage.name!r} starts. Written by `megatron-growth launch`.\n"
     return head + yaml.safe_dump(content, sort_keys=False)
@@ -206,6 +208,11 @@ def _kubernetes(experiment: Experiment, link: Link, workdir: Path) -> dict[str, 
             "cluster.kubernetes.secret"
         )
     name = job_name(experiment, link)
+    if not name[0].isalpha():
+        raise ConfigError(
+            f"name {experiment.name!r}: Kubernetes' names begin with a letter, and the TrainJob's "
+            f"would be {name!r}; name the experiment otherwise"
+        )
     if len(name) > _LONGEST_JOB:
         raise ConfigError(
             f"the TrainJob's name {name!r} has {len(name)} characters, and those of its pods leave "

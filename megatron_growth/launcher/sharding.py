@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from megatron_growth.geometry import Value
 from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.experiment import Experiment
-from megatron_growth.launcher.options import named
 from megatron_growth.planning.memory import Sharding
 from megatron_growth.planning.pipeline import parsed_layout
 
@@ -50,7 +49,7 @@ _KNOWN = {
 def sharding(experiment: Experiment, link: Link) -> Sharding:
     """How the stage's model lies on its ranks."""
     stage, layout = link.stage, link.stage.layout
-    options = named(stage.megatron)
+    options = stage.megatron
     gpus = stage.nodes * experiment.cluster.processes_per_node
     data = max(1, gpus // (layout.tensor * layout.pipeline * layout.context))
     expert_data = max(1, gpus // (layout.pipeline * layout.expert * layout.expert_tensor))
@@ -76,7 +75,7 @@ def sharding(experiment: Experiment, link: Link) -> Sharding:
 
 def unknown(link: Link) -> Iterator[tuple[str, str]]:
     """Options that the estimate does not know: path and value, and what they make of it."""
-    options = named(link.stage.megatron)
+    options = link.stage.megatron
     for name, value in options.items():
         known = (None, False, *_KNOWN.get(name, ()))
         if name in (*_UNKNOWN, *_KNOWN) and value not in known:
@@ -87,7 +86,7 @@ def unknown(link: Link) -> Iterator[tuple[str, str]]:
 
 def layout_problem(link: Link) -> str | None:
     """What is wrong with the stage's layout string; None where nothing is, or there is none."""
-    text = named(link.stage.megatron).get(LAYOUT)
+    text = link.stage.megatron.get(LAYOUT)
     if not isinstance(text, str):
         return None
     try:
@@ -103,7 +102,7 @@ def layout_problem(link: Link) -> str | None:
 
 
 def _layout(link: Link) -> tuple[str, ...] | None:
-    text = named(link.stage.megatron).get(LAYOUT)
+    text = link.stage.megatron.get(LAYOUT)
     if not isinstance(text, str) or layout_problem(link):
         return None
     return parsed_layout(text)

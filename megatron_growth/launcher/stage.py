@@ -1,15 +1,24 @@
 """A stage of an experiment: training from random weights, training on, or that after growth."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from megatron_growth.config import ContinueConfig, GrowthConfig, LearningRateConfig, Strict
-from megatron_growth.geometry import Options, Positive
+from megatron_growth.config import ContinueConfig, GrowthConfig, Iterations, LearningRateConfig
+from megatron_growth.geometry import Options
+from megatron_growth.sections import Positive, Strict, Written
 
 # What a directory, a job of SLURM and one of Kubernetes may be called.
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+Name = Annotated[
+    str,
+    Written(
+        "[a-z0-9]([-a-z0-9]*[a-z0-9])?",
+        "lower-case letters and digits, with dashes between them, as in grown-35b",
+        longest=63,
+    ),
+]
 
 
 class Layout(Strict):
@@ -43,7 +52,7 @@ class Budget(Strict):
     flops: Annotated[float, Field(gt=0, le=1e30)] | None = None
     """FLOPs, at 6 for each activated parameter and token, as the paper counts."""
 
-    iterations: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    iterations: Iterations | None = None
     """Optimizer steps."""
 
     @model_validator(mode="after")
@@ -126,4 +135,26 @@ class Data(Strict):
     def _some(self) -> "Data":
         if bool(self.train) == self.mock:
             raise ValueError("give `train` or `mock: true`, one of the two")
+        for name in ("train", "valid"):
+            _check_blend(name, getattr(self, name))
         return self
+
+
+def _check_blend(name: str, parts: list[str | float]) -> None:
+    """Upstream counts what it is given, and takes words for weights or weights for words."""
+    weights = list(filter(_is_weight, parts))
+    if weights and list(map(_is_weight, parts)) != [True, False] * len(weights):
+        raise ValueError(
+            f"{name} {parts!r}: a weight stands before each prefix, or none does; write it as in "
+            "[0.7, data/web, 0.3, data/code]"
+        )
+    if any(float(weight) <= 0 for weight in weights):
+        raise ValueError(f"{name} {parts!r}: weights must be above 0; leave out what has none")
+
+
+def _is_weight(part: str | float) -> bool:
+    """1e-1 is text to YAML."""
+    try:
+        return math.isfinite(float(part))
+    except ValueError:
+        return False

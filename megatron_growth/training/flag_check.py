@@ -159,7 +159,9 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong instead of leaving the process."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(f"Megatron's parser refuses: {message}")
+        raise ConfigError(
+            f"Megatron's parser refuses: {message}; put that right in a `megatron` section"
+        )
 
 
 def _check_layers_divide(args: argparse.Namespace) -> None:

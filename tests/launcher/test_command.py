@@ -4,7 +4,7 @@ import pytest
 
 from megatron_growth import cli
 from megatron_growth.launcher.submit import is_done
-from tests.launcher.experiments import write
+from tests.launcher.experiments import CONTENT, write
 
 
 @pytest.fixture
@@ -79,3 +79,23 @@ def test_a_done_stage_is_known_by_its_mark(tmp_path):
     (tmp_path / link.directory).mkdir(parents=True)
     (tmp_path / link.directory / "DONE").touch()
     assert is_done(link, tmp_path)
+
+
+@pytest.mark.parametrize("content", [{"growth": {"depth": {}}}, CONTENT["model"]])
+def test_what_is_no_experiment_is_not_launched(tmp_path, capsys, content):
+    path = write(tmp_path, content)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["launch", str(path), "--target", "slurm"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megatron-growth: error: {path} is no experiment, which has `model`")
+
+
+@pytest.mark.parametrize("forgotten", ["stages", "model"])
+def test_an_experiment_that_forgets_a_section_is_told_which(tmp_path, capsys, forgotten):
+    content = {key: value for key, value in CONTENT.items() if key != forgotten}
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", str(write(tmp_path, content))])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"experiment.yaml: {forgotten} is missing; give it (" in line

@@ -2,15 +2,13 @@
 # ruff: noqa: E501 (the table of mistakes has one on each line)
 
 import copy
-import re
 from pathlib import Path
 
 import pytest
 
 from megatron_growth.errors import ConfigError
-from megatron_growth.launcher.arguments import stage_arguments
 from megatron_growth.launcher.chain import chain
-from megatron_growth.launcher.experiment import extended, load_experiment
+from megatron_growth.launcher.experiment import load_experiment
 from megatron_growth.launcher.reference import reference
 from tests.launcher.experiments import CONTENT, write
 
@@ -126,29 +124,49 @@ def test_files_that_extend_each_other_are_refused(tmp_path):
 
 # -- mistakes
 
+MODEL = {"extends": "models/tiny.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "begins"),
+    [
+        ({"model": MODEL}, [], "{}/models/tiny.yaml, extended by {}/experiment.yaml: unknown key 'model.num_layerz'; did"),
+        ({"model": {**MODEL, "num_layers": 4, "hidden": 3}}, ["model.num_layerz=4"], "{}/experiment.yaml: unknown key"),
+        ({"defaults": {**CONTENT["defaults"], "layout": {"extends": "models/layout.yaml"}}}, [],
+         "{}/models/layout.yaml, extended by {}/experiment.yaml: stages[0].layout.tensor 0: must be at least 1"),
+        ({"cluster": {"extends": "models/nowhere.yaml"}}, [],
+         "{}/experiment.yaml: cluster.extends 'models/nowhere.yaml': there is no file "),
+        ({"cluster": {"extends": 3}}, [], "{}/experiment.yaml: cluster.extends 3 is no file; give the path"),
+    ],
+)  # fmt: skip
+def test_the_file_that_has_the_mistake_is_named(tmp_path, content, settings, begins):
+    write(tmp_path, {**CONTENT["model"], "num_layerz": 4}, "models/tiny.yaml")
+    write(tmp_path, {"tensor": 0}, "models/layout.yaml")
+    with pytest.raises(ConfigError) as refusal:
+        load_experiment(write(tmp_path, {**CONTENT, **content}), settings)
+    assert str(refusal.value).startswith(begins.replace("{}", str(tmp_path)))
+
+
+def test_a_profile_from_the_command_line_is_named_too(tmp_path):
+    profile = write(tmp_path, {"devise": "cpu"}, "cluster.yaml")
+    with pytest.raises(ConfigError) as refusal:
+        load_experiment(write(tmp_path), cluster=profile)
+    said = f"{profile}: unknown key 'cluster.devise'; did you mean 'device'?"
+    assert str(refusal.value) == said
+
+
 MISTAKES = [
     ("stages[1].growth.width.facter=3", "unknown key 'stages[1].growth.width.facter'; did you mean 'factor'?"),
-    ("stages[1].growth.depth.factor=1", "stages[1].growth.depth.factor 1: should be greater than or equal to 2; factor: Copies"),
+    ("stages[1].growth.depth.factor=1", "stages[1].growth.depth.factor 1: must be at least 2; factor: Copies"),
     ("stages[0].budget.tokens=3", "stages[0].budget: tokens and iterations given; give one"),
     ("stages[0].budget={}", "stages[0].budget: nothing given; give one"),
     ("stages[0].learning_rate=null", "stages[0]: `learning_rate` is missing"),
     ("stages[1].learning_rate={peak: 1.0e-3}", "stages[1]: `learning_rate` is for training from random weights"),
     ("stages[0].continue={iteration: reset}", "stages[0]: `continue` says what goes on from a base"),
-    ("stages[0].growth={depth: {}}", "the first stage ('base') grows, and there is no base"),
+    ("stages[0].growth={depth: {}}", "stages[0].growth: the first stage ('base') grows, and there is no base"),
     ("stages[1].growth={as_is: true, depth: {}}", "stages[1].growth: as_is grows nothing, and depth would; drop one"),
-    ("stages[1].name=base", "two of the stages"),
-    ("stages=null", "stages null: should be a valid list; stages: In order"),
-    ("model.num_layers=true", "model.num_layers true: true and false are no value here"),
-    ("cluster.memory_gb=.inf", "cluster.memory_gb inf: should be a finite number; memory_gb: Memory of a device"),
-    ("cluster.environment={A: true}", "cluster.environment.A: True is no text to YAML; put it in quotes"),
-    ("cluster.environment={A: .nan}", "cluster.environment.A: nan is no text to YAML; put it in quotes"),
-    ("cluster=../clusters/h100.yaml", "cluster '../clusters/h100.yaml': is no section; to take that file write {extends: ../clusters/h100.yaml}"),
-    ("stages[0].budget={iterations: 100000000000}", "stages[0].budget.iterations 100000000000: should be less than"),
-    ("stages[0].budget={tokens: 1.0e+300}", "stages[0].budget.tokens 1e+300: should be less than"),
-    ("name=2026-01-01", "name 2026-01-01: should be a valid string; name: Its directory"),
-    (f"stages[0].name={'x' * 64}", f"stages[0].name '{'x' * 64}': string should have at most 63"),
-    ("model.megatron={rotary-base: 1, rotary_base: 2}", "model.megatron: 'rotary-base' and 'rotary_base' are one option"),
-    ("stages[1].name=Deep", "stages[1].name 'Deep': "),
+    ("stages[1].name=base", "stages[1].name 'base': stages[0] has it too; name them apart"),
+    ("stages[1].name=Deep", "stages[1].name: 'Deep' is of another form; write lower-case letters and digits, with dashes between them, as in grown-35b"),
     ("stages[1].layout.pipline=2", "unknown key 'stages[1].layout.pipline'; did you mean 'pipeline'?"),
     ("model.moe_router_topk=9", "model: moe_router_topk (9) must not be above num_experts (8); lower it"),
     ("model.moe_layer_freq='[0]+[1]'", "model.moe_layer_freq: '[0]+[1]' is no pattern of layers"),
@@ -162,15 +180,53 @@ MISTAKES = [
     ("model.megatron.position-embedding-type=learned_absolute",
      "model.megatron: position-embedding-type 'learned_absolute' gives the model a tensor"),
     ("model.hidden_size=63", "model: num_attention_heads (4) must divide hidden_size (63)"),
-    ("model.megatron.x={a: 1}", "model.megatron.x: should be"),
+    ("model.megatron.x={a: 1}", "model.megatron.x: must be true or false, a whole number, a number, text or a list; megatron: "),
     ("data.mock=false", "data: give `train` or `mock: true`"),
     ("cluster.slurm.minutes=1", "cluster.slurm.minutes 1: "),
-    ("cluster.slurm.account=two words", "cluster.slurm.account 'two words': is not of the right form; account: `--account`: one word"),
-    ("cluster.slurm.options=[qos=high]", "cluster.slurm.options[0] 'qos=high': is not of the right form"),
-    ("cluster.environment={A-B: 1}", "cluster.environment.A-B 'A-B': is not of the right form"),
-    ("base={iteration: 3}", "`base` names no checkpoint; set base.load"),
-    ("defaults=3", "defaults 3: a section of a stage's fields is meant"),
+    ("cluster.slurm.account=two words", "cluster.slurm.account: 'two words' is of another form; write one word"),
+    ("cluster.slurm.options=[qos=high]", "cluster.slurm.options[0]: 'qos=high' is of another form; write an option of sbatch on one line, as in --qos=high"),
+    ("cluster.environment={A-B: 1}", "cluster.environment.A-B: 'A-B' is of another form; write the name of a variable, as in NCCL_IB_HCA"),
+    ("base={iteration: 3}", "base: names no checkpoint; set base.load"),
+    ("defaults=3", "defaults 3: must be a section of a stage's fields"),
     ("model.extends=3", "unknown key 'model.extends'"),
+    ("cluster=null", "cluster is empty; give a section with keys such as device, processes_per_node"),
+    ("stages[1].growth=../growth.yaml", "stages[1].growth '../growth.yaml': must be a section; to take that file write `growth: {extends: ../growth.yaml}`"),
+    ("cluster=h100", "cluster 'h100': must be a section with keys such as device, processes_per_node"),
+    ("stages=null", "stages is empty; give a list (In order;"),
+    ("stages[1]=deep.yaml", "stages[1] 'deep.yaml': must be a section; to take that file write `{extends: deep.yaml}`"),
+    ("stages[1].continue_={}", "unknown key 'stages[1].continue_'; did you mean 'continue'?"),
+    ("stages[1].continue={data: start}", "stages[1].continue.data 'start': must be 'keep' or 'reset' or a section with keys such as offset"),
+    ("data.train=['']", "data.train: [0] is an empty text; say something, or leave it out"),
+    ('data.tokenizer="\\0"', "data.tokenizer: '\\x00' has a character 0 in it; take it out"),
+    ("data.tokenizer=''", "data.tokenizer: is an empty text"),
+    ("stages=[]", "stages []: must be a list of at least 1"),
+    ("stages[0]={name: base}", "stages[0].budget is missing; give it (How long)"),
+    ("model.num_layers=true", "model.num_layers: true is no number; write one"),
+    ("model.num_layers=1000000000", "model.num_layers 1000000000: must be at most 10000"),
+    ("model.moe_layer_freq='[1]*1000000000'", "model.moe_layer_freq: '[1]*1000000000' says 1000000000 layers; 10000 at most"),
+    ("model.hidden_size=.inf", "model.hidden_size inf: must be a finite number"),
+    ("model.megatron.x=.nan", "model.megatron.x nan: must be a finite number"),
+    ("model.megatron={a_b: 1, a-b: 2}", "model.megatron: 'a_b' and 'a-b' are one option of Megatron; keep one"),
+    ("stages[1].megatron={--bf16: true}", "stages[1].megatron: 'bf16' and '--bf16' are one option of Megatron; keep one"),
+    ("stages[1].megatron={a b: true}", "stages[1].megatron.a b: 'a b' is of another form; write the name of an option, as in rotary-base"),
+    ("cluster.memory_gb=.inf", "cluster.memory_gb inf: must be a finite number"),
+    ("cluster.memory_gb=inf", "cluster.memory_gb 'inf': must be a finite number"),
+    ("cluster.environment={A: true}", "cluster.environment: A true is no number; write one, or text in quotes"),
+    ("cluster.environment={B: .nan}", "cluster.environment.B nan: must be a finite number"),
+    ("cluster.environment={B: 1.10}", "cluster.environment.B 1.1: must be text or a whole number (text in quotes)"),
+    ("cluster.container={image: 24.07}", "cluster.container.image 24.07: must be text (text in quotes)"),
+    ("cluster.container={image: a, mounts: [/a:b]}", "cluster.container.mounts[0]: '/a:b' is of another form; write outside:inside"),
+    ("cluster.kubernetes.claims=[{name: shm, path: /a}]", "cluster.kubernetes: a claim is named 'shm'"),
+    ("cluster.kubernetes.claims=[{name: a, path: /a}, {name: b, path: /a}]", "cluster.kubernetes: two of the claims have the path '/a'; drop one"),
+    ("cluster.kubernetes.namespace=Team_A", "cluster.kubernetes.namespace: 'Team_A' is of another form; write lower-case letters"),
+    ("stages[0].budget={tokens: 1.0e+300}", "stages[0].budget.tokens 1e+300: must be at most 1e+17"),
+    ("stages[0].budget={tokens: 1e300}", "stages[0].budget.tokens '1e300': must be at most 1e+17"),
+    ("stages[0].budget={iterations: 100000000000000000000000000000}", "stages[0].budget.iterations 1"),
+    (f"stages[0].name={'a' * 300}", "stages[0].name: has 300 characters; 63 at most"),
+    (f"name={'a' * 64}", "name: has 64 characters; 63 at most"),
+    ("data={train: [0.7], seq_length: 8}", "data: train [0.7]: a weight stands before each prefix, or none does"),
+    ("data={train: [0.7, a, b], seq_length: 8}", "data: train [0.7, 'a', 'b']: a weight stands before"),
+    ("data={train: [0, a, 1, b], seq_length: 8}", "data: train [0.0, 'a', 1.0, 'b']: weights must be above 0"),
 ]  # fmt: skip
 
 
@@ -218,7 +274,7 @@ def test_growth_that_cannot_be_made_names_its_stage(tmp_path):
         chain(load_experiment(write(tmp_path), [setting]))
 
 
-# -- the fields in docs/
+# -- the reference
 
 
 def test_the_reference_in_docs_is_that_of_the_schema():
@@ -226,53 +282,3 @@ def test_the_reference_in_docs_is_that_of_the_schema():
     assert page == reference() + "\n", "run python -m megatron_growth.launcher.reference"
     for field in ("virtual", "new_layer_init", "warmup_iters", "requeues", "moe_router_topk"):
         assert f"| `{field}` |" in page
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("a: 1\nb: 2\na: 3\n", "key 'a' stands in line 1 and again in line 3; keep one"),
-        ("a: {b: 1, b: 2}\n", "key 'b' stands in line 1 and again in line 1; keep one"),
-        ("a: 1\nb: 010\n", "line 2: YAML reads 010 as 8; write 8, or '010' if a word is meant"),
-        ("b: 1:30\n", "line 1: YAML reads 1:30 as 90; write 90"),
-        ("b: 1:30.5\n", "line 1: YAML reads 1:30.5 as 90.5; write 90.5"),
-        (
-            "b: 2026-13-45\n",
-            "month must be in 1..12; put a word that is no date or number in quotes",
-        ),
-    ],
-)
-def test_yaml_that_is_not_what_it_looks_like_is_refused(tmp_path, text, says):
-    path = tmp_path / "experiment.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=re.escape(says)):
-        load_experiment(path)
-
-
-def test_an_anchor_may_be_laid_under_a_section(tmp_path):
-    path = tmp_path / "file.yaml"
-    path.write_text("a: &a {x: 1}\nb: {e: &e {<<: *a, y: 3}}\nc: {<<: *e}\nd: 0x10\n")
-    below = {"x": 1, "y": 3}
-    assert extended(path, "") == {"a": {"x": 1}, "b": {"e": below}, "c": below, "d": 16}
-
-
-def test_a_mistake_is_looked_for_in_the_file_that_says_it(tmp_path):
-    profile = write(tmp_path, {"device": "cpu", "devise": "h100"}, "cluster.yaml")
-    below = write(tmp_path, {"layout": {"expret": 2}}, "stage.yaml")
-    content = {**CONTENT, "cluster": {"extends": "cluster.yaml"}}
-    with pytest.raises(ConfigError, match=rf"key 'cluster.devise'.*'device'\? \(in {profile}\)"):
-        load_experiment(write(tmp_path, content))
-    with pytest.raises(ConfigError, match=rf"key 'cluster.devise'.* \(in {profile}\)"):
-        load_experiment(write(tmp_path), cluster=profile)
-    content = {**CONTENT, "defaults": {**CONTENT["defaults"], "extends": "stage.yaml"}}
-    with pytest.raises(ConfigError, match=rf"'stages\[0\].layout.expret'.* \(in {below}\)"):
-        load_experiment(write(tmp_path, content))
-    with pytest.raises(ConfigError, match=r"'cluster.devise'; did you mean 'device'\?$"):
-        load_experiment(write(tmp_path), ["cluster.devise=3"])
-
-
-@pytest.mark.parametrize("option", ["lr", "global-batch-size", "save_interval", "seq-length"])
-def test_an_option_of_a_stage_is_refused_in_the_model(tmp_path, option):
-    experiment = load_experiment(write(tmp_path), [f"model.megatron.{option}=99"])
-    with pytest.raises(ConfigError, match=r"model.megatron.\S+ 99: --\S+ follows from a field"):
-        stage_arguments(experiment, chain(experiment)[0])

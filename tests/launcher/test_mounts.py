@@ -110,7 +110,7 @@ def test_another_directory_at_the_same_path_is_refused(tmp_path, pairs):
 @pytest.mark.parametrize(
     "pairs",
     [
-        ("/lustre:/lustre:ro+rprivate",),
+        ("/lustre:/lustre:rw+rprivate",),
         ("/lustre/:/lustre/",),
         ("/lustre",),
         ("/a:/b,/lustre:/lustre",),
@@ -157,6 +157,22 @@ def test_launch_refuses_in_one_line_and_writes_nothing(tmp_path, monkeypatch, ca
     assert f"add '{tmp_path}:{tmp_path}' to cluster.container.mounts" in said.err
     assert said.out == ""
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("field", "directory", "where"),
+    [
+        (f"runs={WORKDIR}/runs", WORKDIR / "runs", "runs"),
+        ("data={seq_length: 8, mock: true, tokenizer: NullTokenizer, cache: /cache}",
+         Path("/cache"), "data.cache"),
+    ],
+)  # fmt: skip
+def test_what_training_writes_to_is_not_read_only(tmp_path, field, directory, where):
+    fine = ["/lustre:/lustre", "/cache:/cache"]
+    assert launch(tmp_path, Target.SLURM, field, mounts(*fine))
+    said = rf"^{where}: '{directory}' would be read-only in the container, by .*; take `ro` from it"
+    with pytest.raises(ConfigError, match=said):
+        launch(tmp_path, Target.SLURM, field, mounts(*fine, f"{directory}:{directory}:ro"))
 
 
 def test_where_the_site_mounts_its_storage_nothing_is_checked(tmp_path):

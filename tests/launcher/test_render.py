@@ -43,7 +43,7 @@ def test_every_script_passes_shellcheck(tmp_path, target, settings):
 
 def test_the_process_runs_the_very_command_line(tmp_path):
     python = stub(tmp_path, "python", 'printf "%s\\n" "$RANK" "$LOCAL_RANK" "$WORLD_SIZE" "$@"')
-    settings = (f"cluster.python={python}", "stages[0].megatron.moe-layer-freq=null",
+    settings = (f"cluster.python={python}", "stages[0].megatron.moe-z-loss-coeff=null",
                 "stages[0].megatron.data-args-path='a file; rm -rf $HOME'")  # fmt: skip
     rendered(tmp_path, Target.SLURM, *settings)
     environment = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "PATH": "/bin"}
@@ -141,14 +141,37 @@ def test_secrets_travel_by_name(tmp_path, monkeypatch):
             assert "do-not-tell" not in text
 
 
-def test_an_option_that_a_field_sets_is_refused(tmp_path):
-    settings = ["stages[1].megatron.num_layers=3", "stages[1].megatron.train-iters=3"]
-    with pytest.raises(
-        ConfigError, match=r"stages\[1\].megatron.train-iters 3: .*change that field"
-    ):
-        rendered(tmp_path, Target.SLURM, settings[1])
-    with pytest.raises(ConfigError, match=r"model.megatron.hidden-size 3: "):
-        rendered(tmp_path, Target.SLURM, "model.megatron.hidden_size=3")
+@pytest.mark.parametrize(
+    ("section", "option", "says"),
+    [
+        ("stages[1].megatron", "train-iters=3", "(20)"),
+        ("stages[1].megatron", "num_layers=3", "(4)"),
+        ("stages[1].megatron", "vocab-size=3", "(256)"),
+        ("stages[0].megatron", "position-embedding-type=rope", "('rope')"),
+        ("stages[0].megatron", "lr=3", "(0.001)"),
+        ("model.megatron", "hidden_size=3", "(64)"),
+        ("model.megatron", "lr=3", "(0.001)"),
+        ("model.megatron", "global-batch-size=99", "(16)"),
+        ("model.megatron", "save_interval=7", "(5)"),
+        ("model.megatron", "--seq-length=7", "(128)"),
+        ("model.megatron", "num-query-groups=2", "(left out)"),
+    ],
+)
+def test_an_option_that_a_field_sets_is_refused(tmp_path, section, option, says):
+    name = option.partition("=")[0].removeprefix("--").replace("_", "-")
+    with pytest.raises(ConfigError) as refusal:
+        rendered(tmp_path, Target.SLURM, f"{section}.{option}")
+    message = str(refusal.value)
+    assert message.startswith(f"{section}.{name} ")
+    assert (
+        f"--{name} follows from what else the experiment says {says}; change that, and" in message
+    )
+
+
+def test_a_rate_in_continue_leaves_no_option_beside_it(tmp_path):
+    rate = "stages[1].continue={learning_rate: {peak: 1.0e-3}}"
+    with pytest.raises(ConfigError, match=r"stages\[1\].megatron.min-lr 1: .*\(0.0\)"):
+        rendered(tmp_path, Target.SLURM, rate, "stages[1].megatron.min-lr=1")
 
 
 # -- Kubernetes
@@ -236,6 +259,13 @@ def test_an_installed_package_has_the_templates(tmp_path):
     assert len(templates) >= 6
     for name in templates:
         assert f"megatron_growth/launcher/templates/{name}" in names
+
+
+def test_a_job_of_kubernetes_begins_with_a_letter(tmp_path):
+    claim = "cluster.kubernetes.claims=[{name: all, path: /}]"
+    with pytest.raises(ConfigError, match=r"name '2fast': .* begin with a letter, and"):
+        rendered(tmp_path, Target.K8S, CONTAINER, claim, "name=2fast")
+    assert rendered(tmp_path, Target.TORCHRUN, "name=2fast")
 
 
 def test_a_job_whose_pods_would_have_too_long_names_is_refused(tmp_path):

@@ -65,7 +65,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "factor 1": (
         {"depth": {"factor": 1}},
         [],
-        ["growth.depth.factor 1", "greater than or equal to 2"],
+        ["growth.depth.factor 1", "at least 2"],
     ),
     "factor 0": ({"width": {"factor": 0}}, [], ["growth.width.factor 0"]),
     "a misspelt key": ({"depht": {}}, [], ["growth.depht", "did you mean 'depth'"]),

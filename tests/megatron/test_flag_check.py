@@ -86,7 +86,7 @@ def test_a_refused_stage_is_named(tmp_path):
     content = {**CONTENT, "defaults": {**CONTENT["defaults"], "megatron": FUSED}}
     path = write(tmp_path, content)
     experiment = load_experiment(path, ["stages[1].layout={pipeline: 2, virtual: 3}"])
-    with pytest.raises(ConfigError, match=r"^stages\[1\] \(deep\): pipeline \(2\) x virtual \(3\)"):
+    with pytest.raises(ConfigError, match=r"^stages\[1\]\.layout\.virtual 3: does not divide"):
         check_flags(experiment, chain(experiment))
 
 
