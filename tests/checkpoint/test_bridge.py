@@ -102,6 +102,11 @@ def test_arguments_of_its_own_are_believed(tmp_path: Path) -> None:
     assert source.args.hidden_size == MODEL.hidden
 
 
+def test_a_window_is_the_pair_that_megatrons_option_takes(base: Path) -> None:
+    run_config(base, {**QWEN3, "window_size": [127, 0]})
+    assert SourceCheckpoint(base).args.window_size == (127, 0)
+
+
 OLMOE = "megatron.bridge.models.olmoe.olmoe_provider.olmoe_layer_spec"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a model class of its own": (
@@ -118,6 +123,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no gate": ({"gated_linear_unit": False}, "model.gated_linear_unit False"),
     "yarn": ({"position_embedding_type": "yarn"}, "model.position_embedding_type 'yarn'"),
+    "positions that it does not say": (
+        {"position_embedding_type": None},
+        "model.position_embedding_type None",
+    ),
     "a scale": ({"softmax_scale": 0.1}, "model.softmax_scale 0.1"),
 }
 
