@@ -13,6 +13,7 @@ from megatron_growth import config
 from megatron_growth.cli.shared import AsJson, Profile, Settings, print_json
 from megatron_growth.errors import ConfigError
 from megatron_growth.launcher import jobs
+from megatron_growth.launcher.arguments import stage_arguments
 from megatron_growth.launcher.base import check_base
 from megatron_growth.launcher.budget import budget
 from megatron_growth.launcher.budget_tables import print_budget
@@ -112,7 +113,10 @@ def plan_experiment(
     loaded = load_experiment(path, settings or (), cluster)
     with quiet():
         check_base(loaded)
-    stages = budget(loaded, chain(loaded))
+    links = chain(loaded)
+    for link in links:
+        stage_arguments(loaded, link)  # refuses what is said twice
+    stages = budget(loaded, links)
     if as_json:
         print_json([stage.document() for stage in stages])
     else:

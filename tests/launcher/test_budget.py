@@ -196,3 +196,10 @@ def test_plan_and_status_take_the_cluster_that_launch_takes(tmp_path, monkeypatc
         cli.main(["plan", str(tmp_path / "growth.yaml"), "--cluster", str(profile)])
     assert stop.value.code == 2
     assert "says nothing about growth alone" in capsys.readouterr().err
+
+
+def test_plan_refuses_what_is_said_twice(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", str(write(tmp_path)), "--set", "stages[0].megatron.num-layers=3"])
+    assert stop.value.code == 2
+    assert "stages[0].megatron.num-layers 3" in capsys.readouterr().err
