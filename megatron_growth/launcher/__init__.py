@@ -12,7 +12,7 @@ command lines, and those to the files that torchrun, SLURM or Kubernetes take.
     mounts.py       whether containers have the directories that they need
     launched.py     what was launched before, and may not be said otherwise now
     submit.py       stages started: slurm.py, kubernetes.py, here.py; jobs.py remembers as what
-    status.py       where they are, from events.py and logs.py
+    status.py       where they are, from events.py, logs.py and marks.py
     preflight.py    what each node checks before it trains
     budget_tables.py, status_table.py    tables of the commands
 """

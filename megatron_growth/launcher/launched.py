@@ -12,6 +12,7 @@ from typing import Any
 from megatron_growth.errors import ConfigError
 from megatron_growth.launcher.chain import Link, chain
 from megatron_growth.launcher.experiment import Experiment, load_experiment
+from megatron_growth.launcher.marks import is_done, saved_iteration
 
 RESOLVED = "experiment.yaml"
 # What the weights of a stage come from, beside its model.
@@ -59,12 +60,8 @@ def _read(path: Path) -> Experiment:
 
 
 def _saved(link: Link, workdir: Path) -> bool:
-    tracker = workdir / link.checkpoints / "latest_checkpointed_iteration.txt"
-    return tracker.exists() or _done(link, workdir)
-
-
-def _done(link: Link, workdir: Path) -> bool:
-    return (workdir / link.directory / "DONE").exists()
+    directory = workdir / link.directory
+    return is_done(directory) or saved_iteration(directory) is not None
 
 
 def _changes(
@@ -89,12 +86,12 @@ def _changes(
             yield "the order of stages", old_names, names
             return
         fields = _FROM_SCRATCH if link.growth is None else _FROM_A_BASE
-        for field in _DONE if _done(link, workdir) else fields:
+        for field in _DONE if is_done(workdir / link.directory) else fields:
             yield from _leaves(
                 old["stages"][index][field], new["stages"][index][field], f"{link.path}.{field}"
             )
         yield from _leaves(was[name].first, link.first, f"the first iteration of {link.path}")
-        if _done(link, workdir):
+        if is_done(workdir / link.directory):
             yield from _leaves(was[name].last, link.last, f"the last iteration of {link.path}")
 
 

@@ -14,6 +14,7 @@ from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.events import read_events
 from megatron_growth.launcher.here import holder
 from megatron_growth.launcher.logs import Progress, cause, progress
+from megatron_growth.launcher.marks import is_done, saved_iteration
 
 State = Literal["waiting", "running", "done", "failed"]
 
@@ -58,7 +59,7 @@ def stage_status(
     return StageStatus(
         name=link.stage.name,
         state=state,
-        saved=_saved(directory),
+        saved=saved_iteration(directory),
         last=link.last,
         progress=progress(link, directory),
         why=why or (cause(directory) if state == "failed" else ""),
@@ -66,7 +67,7 @@ def stage_status(
 
 
 def _state(directory: Path, job: str | None, queue: Mapping[str, str]) -> tuple[State, str]:
-    if (directory / "DONE").exists():
+    if is_done(directory):
         return "done", ""
     if job is not None and job in queue:
         running = queue[job].split()[0] in ("RUNNING", "COMPLETING", "SUSPENDED")
@@ -92,9 +93,3 @@ def _in_words(said: str) -> str:
     """PENDING (Dependency): pending (Dependency)"""
     state, *reason = said.split(maxsplit=1)
     return " ".join([state.lower(), *reason])
-
-
-def _saved(directory: Path) -> int | None:
-    tracker = directory / "checkpoints" / "latest_checkpointed_iteration.txt"
-    text = tracker.read_text(encoding="utf-8").strip() if tracker.exists() else ""
-    return int(text) if text.isdigit() else None

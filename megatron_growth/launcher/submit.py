@@ -11,12 +11,8 @@ from megatron_growth.errors import ConfigError
 from megatron_growth.launcher import here, jobs, kubernetes, slurm
 from megatron_growth.launcher.chain import Link
 from megatron_growth.launcher.experiment import Experiment
+from megatron_growth.launcher.marks import is_done
 from megatron_growth.launcher.render import Target
-
-
-def is_done(link: Link, workdir: Path) -> bool:
-    """Whether a stage has reached its last iteration."""
-    return (workdir / link.directory / "DONE").exists()
 
 
 def queues(known: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str] | None]:
@@ -119,7 +115,7 @@ def check_ready(
     for link in todo:
         index = experiment.stages.index(link.stage)
         parent = experiment.stages[index - 1].name if index else None
-        done = parent is None or (workdir / experiment.directory / parent / "DONE").exists()
+        done = parent is None or is_done(workdir / experiment.directory / parent)
         if not done and parent not in coming:
             raise ConfigError(
                 f"{link.path} ({link.stage.name!r}): the stage before, {parent!r}, is neither done "
@@ -173,4 +169,4 @@ def submit(
 
 
 def _todo(links: Sequence[Link], workdir: Path) -> list[Link]:
-    return [link for link in links if not is_done(link, workdir)]
+    return [link for link in links if not is_done(workdir / link.directory)]

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_growth import cli
-from megatron_growth.launcher.submit import is_done
+from megatron_growth.launcher.marks import is_done
 from tests.launcher.experiments import CONTENT, write
 
 
@@ -75,10 +75,10 @@ def test_a_done_stage_is_known_by_its_mark(tmp_path):
     from megatron_growth.launcher.experiment import load_experiment
 
     link = chain(load_experiment(write(tmp_path)))[0]
-    assert not is_done(link, tmp_path)
+    assert not is_done(tmp_path / link.directory)
     (tmp_path / link.directory).mkdir(parents=True)
     (tmp_path / link.directory / "DONE").touch()
-    assert is_done(link, tmp_path)
+    assert is_done(tmp_path / link.directory)
 
 
 @pytest.mark.parametrize("content", [{"growth": {"depth": {}}}, CONTENT["model"]])
